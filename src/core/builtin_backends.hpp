@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <memory>
+
+#include "gatedelta/backend.hpp"
+
+// One function for each built-in backend; registry.cpp calls them in order of preference.
+namespace gatedelta {
+
+std::unique_ptr<Backend> make_cpu_backend();
+std::unique_ptr<Backend> make_reference_backend();
+
+}  // namespace gatedelta
