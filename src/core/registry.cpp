@@ -18,7 +18,10 @@ struct Registry {
   std::vector<std::unique_ptr<Backend>> builtin;
 
   // The built-in backends in the order of preference; reference is the golden answer and comes last.
-  Registry() { builtin.push_back(make_reference_backend()); }
+  Registry() {
+    builtin.push_back(make_cpu_backend());
+    builtin.push_back(make_reference_backend());
+  }
 };
 
 Registry& registry() {

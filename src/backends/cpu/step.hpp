@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "backends/cpu/matrices.hpp"
+
+// The recurrence by value rows. With the T tokens of a call (T <= max_step_tokens) and the state S0 before them,
+//
+//     u_t = beta_t (v_t - e^{G_t} S0 k_t - sum_{j<t} e^{G_t-G_j} (k_t.k_j) u_j)        G_t = g_0 + ... + g_t
+//     o_t = e^{G_t} S0 q_t + sum_{j<=t} e^{G_t-G_j} (q_t.k_j) u_j                       (q carries the scale)
+//     S   = e^{G_T} S0 + sum_t e^{G_T-G_t} u_t k_t^T
+//
+// so that a row of the state is read once for all products with keys and queries, and once more, from L1, for its update.
+// Each row's arithmetic is the same wherever it stands, so no result depends on how rows are split over threads.
+namespace gatedelta::cpu {
+namespace {
+
+constexpr int64_t row_group = 4;    // rows whose sums are reduced together
+constexpr int64_t row_block = 16;   // rows that share one triangular solve
+constexpr int64_t prefetch_bytes = 8192;  // of state ahead of the row in work: hides DRAM latency (16 rows of 128 floats)
+
+/// The tokens of one window, ready for use.
+struct Window {
+  int64_t tokens;
+  float* keys;     // [T][padded], followed by
+  float* queries;  // [T][padded]: one array of 2T vectors
+  float* decay;    // [T]: e^{G_t}
+  float* rest;     // [T]: e^{G_T-G_t}
+  float* beta;     // [T]
+  float* key_mix;    // [T][T]: -beta_t e^{G_t-G_j} k_t.k_j below the diagonal
+  float* query_mix;  // [T][T]: e^{G_t-G_j} q_t.k_j up to the diagonal
+};
+
+GATEDELTA_INLINE float dot(const float* a, const float* b, int64_t n) {
+  vf acc{};
+  for (int64_t i = 0; i < n; i += W) acc = fma(load(a + i), load(b + i), acc);
+  return reduce4(acc, acc, acc, acc)[0];
+}
+
+GATEDELTA_INLINE float exponential_of(double x) { return exponential(set1((float)x))[0]; }
+
+/// Fills `window` with tokens [first, first + window.tokens).
+inline void load_window(const HeadWork& work, int64_t first, int64_t padded, Window& window) {
+  const int64_t T = window.tokens;
+  double total[max_step_tokens + 1];
+  double sum_of_g = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    load_vector(work.k, first + t, work.key_dim, padded, work.qk_l2norm, work.l2_eps, 1.0, window.keys + t * padded);
+    load_vector(work.q, first + t, work.key_dim, padded, work.qk_l2norm, work.l2_eps, work.scale, window.queries + t * padded);
+    sum_of_g += work.log_decay[first + t];
+    total[t] = sum_of_g;
+    window.beta[t] = (float)work.beta[first + t];
+    window.decay[t] = exponential_of(sum_of_g);
+  }
+  for (int64_t t = 0; t < T; ++t) {
+    const float* key = window.keys + t * padded;
+    const float* query = window.queries + t * padded;
+    window.rest[t] = exponential_of(sum_of_g - total[t]);
+    for (int64_t j = 0; j <= t; ++j) {
+      const float mix = j == t ? 1.0f : exponential_of(total[t] - total[j]);
+      if (j < t) window.key_mix[t * T + j] = -window.beta[t] * (mix * dot(key, window.keys + j * padded, padded));
+      window.query_mix[t * T + j] = mix * dot(query, window.keys + j * padded, padded);
+    }
+  }
+}
+
+/// Rows of a state, dense along the keys.
+struct Rows {
+  const char* source;
+  int64_t source_stride;
+  char* target;  // null: not stored
+  int64_t target_stride;
+};
+
+/// One token. `rows` is a multiple of row_group.
+template <class S, int64_t FixedK>
+void step_one(const Window& window, const Rows& at, int64_t rows, int64_t padded_key, const float* v, float* o) {
+  const int64_t K = FixedK ? FixedK : padded_key;
+  const float *key = window.keys, *query = window.queries;
+  const float decay = window.decay[0], beta = window.beta[0], mix = window.query_mix[0];
+  for (int64_t r = 0; r < rows; r += row_group) {
+    const char* source = at.source + r * at.source_stride;
+    const S* row[row_group];
+    vf with_key[row_group], with_query[row_group];
+    GATEDELTA_UNROLL
+    for (int g = 0; g < row_group; ++g) {
+      row[g] = (const S*)(source + g * at.source_stride);
+      with_key[g] = with_query[g] = vf{};
+    }
+    const int64_t ahead = prefetch_bytes;
+    for (int64_t i = 0; i < K; i += W) {
+      const vf k = load(key + i), q = load(query + i);
+      GATEDELTA_UNROLL
+      for (int g = 0; g < row_group; ++g) {
+        if ((i * (int64_t)sizeof(S)) % 64 == 0) __builtin_prefetch((const char*)(row[g] + i) + ahead);
+        const vf s = load(row[g] + i);
+        with_key[g] = fma(s, k, with_key[g]);
+        with_query[g] = fma(s, q, with_query[g]);
+      }
+    }
+    const v4 Sk = reduce4(with_key[0], with_key[1], with_key[2], with_key[3]);
+    const v4 Sq = reduce4(with_query[0], with_query[1], with_query[2], with_query[3]);
+    const v4 u = beta * (load_as<v4>(v + r) - decay * Sk);
+    store_as(o + r, decay * Sq + mix * u);
+    if (at.target == nullptr) continue;
+    char* target = at.target + r * at.target_stride;
+    GATEDELTA_UNROLL
+    for (int g = 0; g < row_group; ++g) {
+      S* out = (S*)(target + g * at.target_stride);
+      const vf ug = set1(u[g]), d = set1(decay);
+      for (int64_t i = 0; i < K; i += W) store(out + i, fma(ug, load(key + i), d * load(row[g] + i)));
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+constexpr int dots_at_once = 4, update_vectors = 4;
+#else
+constexpr int dots_at_once = 2, update_vectors = 2;
+#endif
+
+/// products[x][r] = rows r .. r+3 times vectors x .. x+X-1 of the window.
+template <int X>
+GATEDELTA_INLINE void multiply_rows(const float* const* row, const float* vectors, int64_t padded, float* products) {
+  vf acc[X][row_group];
+  GATEDELTA_UNROLL
+  for (int x = 0; x < X; ++x)
+    GATEDELTA_UNROLL
+    for (int g = 0; g < row_group; ++g) acc[x][g] = vf{};
+  for (int64_t i = 0; i < padded; i += W) {
+    vf s[row_group];
+    GATEDELTA_UNROLL
+    for (int g = 0; g < row_group; ++g) s[g] = load(row[g] + i);
+    GATEDELTA_UNROLL
+    for (int x = 0; x < X; ++x) {
+      const vf y = load(vectors + x * padded + i);
+      GATEDELTA_UNROLL
+      for (int g = 0; g < row_group; ++g) acc[x][g] = fma(s[g], y, acc[x][g]);
+    }
+  }
+  GATEDELTA_UNROLL
+  for (int x = 0; x < X; ++x) store_as(products + x * row_block, reduce4(acc[x][0], acc[x][1], acc[x][2], acc[x][3]));
+}
+
+/// row_group rows, N vectors of keys from column i on: out = decay * row + sum_t weights[t][g] * keys[t].
+template <int N, class S>
+GATEDELTA_INLINE void update_rows(const Window& window, const float* const* row, S* const* out, const float* weights, int64_t i,
+                                  int64_t padded) {
+  const vf decay = set1(window.decay[window.tokens - 1]);
+  vf acc[row_group][N];
+  GATEDELTA_UNROLL
+  for (int g = 0; g < row_group; ++g)
+    GATEDELTA_UNROLL
+    for (int n = 0; n < N; ++n) acc[g][n] = decay * load(row[g] + i + n * W);
+  const float* key = window.keys + i;
+  for (int64_t t = 0; t < window.tokens; ++t, key += padded, weights += row_block) {
+    vf k[N];
+    GATEDELTA_UNROLL
+    for (int n = 0; n < N; ++n) k[n] = load(key + n * W);
+    GATEDELTA_UNROLL
+    for (int g = 0; g < row_group; ++g) {
+      const vf w = set1(weights[g]);
+      GATEDELTA_UNROLL
+      for (int n = 0; n < N; ++n) acc[g][n] = fma(w, k[n], acc[g][n]);
+    }
+  }
+  GATEDELTA_UNROLL
+  for (int g = 0; g < row_group; ++g)
+    GATEDELTA_UNROLL
+    for (int n = 0; n < N; ++n) store(out[g] + i + n * W, acc[g][n]);
+}
+
+/// The triangular solve for row_block rows: `with_keys` [T][row_block] holds S0 k_t and becomes u_t,
+/// `with_queries` holds S0 q_t and becomes o_t.
+inline void solve_rows(const Window& window, const float* v, int64_t ld_v, float* with_keys, float* with_queries) {
+  const int64_t T = window.tokens;
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t r = 0; r < row_block; r += W) {
+      const float* mix = window.key_mix + t * T;
+      const vf decay = set1(window.decay[t]);
+      vf u = set1(window.beta[t]) * (load(v + t * ld_v + r) - decay * load(with_keys + t * row_block + r));
+      for (int64_t j = 0; j < t; ++j) u = fma(set1(mix[j]), load(with_keys + j * row_block + r), u);
+      store(with_keys + t * row_block + r, u);
+      vf o = decay * load(with_queries + t * row_block + r);
+      mix = window.query_mix + t * T;
+      for (int64_t j = 0; j <= t; ++j) o = fma(set1(mix[j]), load(with_keys + j * row_block + r), o);
+      store(with_queries + t * row_block + r, o);
+    }
+}
+
+/// Floats of scratch of step_many.
+constexpr int64_t step_many_floats(int64_t padded_key) {
+  return 2 * max_step_tokens * row_block + row_block * padded_key;
+}
+
+/// Two to max_step_tokens tokens. `rows` is a multiple of row_group; v and o are [T][ld] with ld >= rows rounded up to row_block.
+template <class S, int64_t FixedK>
+void step_many(const Window& window, const Rows& at, int64_t rows, int64_t padded_key, const float* v, float* o, int64_t ld,
+               float* scratch) {
+  const int64_t K = FixedK ? FixedK : padded_key, T = window.tokens;
+  float* with_keys = scratch;                          // [T][row_block]
+  float* with_queries = scratch + T * row_block;       // [T][row_block], right behind: one array of 2T rows
+  float* widened = scratch + 2 * max_step_tokens * row_block;  // [row_block][K], 16-bit states only
+  for (int64_t block = 0; block < rows; block += row_block) {
+    const int64_t count = rows - block < row_block ? rows - block : row_block;
+    const float* row[row_block];
+    for (int64_t r = 0; r < count; ++r) {
+      const S* from = (const S*)(at.source + (block + r) * at.source_stride);
+      for (int64_t i = 0; i < K * (int64_t)sizeof(S); i += 64) __builtin_prefetch((const char*)from + i + prefetch_bytes);
+      if constexpr (sizeof(S) == 4) {
+        row[r] = from;
+      } else {
+        float* wide = widened + r * K;
+        for (int64_t i = 0; i < K; i += W) store(wide + i, load(from + i));
+        row[r] = wide;
+      }
+    }
+    for (int64_t r = 0; r < count; r += row_group) {
+      int64_t x = 0;
+      for (; x + dots_at_once <= 2 * T; x += dots_at_once)
+        multiply_rows<dots_at_once>(row + r, window.keys + x * K, K, with_keys + x * row_block + r);
+      for (; x < 2 * T; x += 2) multiply_rows<2>(row + r, window.keys + x * K, K, with_keys + x * row_block + r);
+    }
+    solve_rows(window, v + block, ld, with_keys, with_queries);
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t r = 0; r < row_block; r += W) store(o + t * ld + block + r, load(with_queries + t * row_block + r));
+    if (at.target == nullptr) continue;
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t r = 0; r < row_block; r += W)
+        store(with_keys + t * row_block + r, load(with_keys + t * row_block + r) * set1(window.rest[t]));
+    for (int64_t r = 0; r < count; r += row_group) {
+      S* out[row_group];
+      for (int64_t g = 0; g < row_group; ++g) out[g] = (S*)(at.target + (block + r + g) * at.target_stride);
+      int64_t i = 0;
+      for (; i + update_vectors * W <= K; i += update_vectors * W)
+        update_rows<update_vectors>(window, row + r, out, with_keys + r, i, K);
+      for (; i < K; i += W) update_rows<1>(window, row + r, out, with_keys + r, i, K);
+    }
+  }
+}
+
+/// All value rows of `at` through one window, whatever the storage type; `v` and `o` are [T][ld].
+template <class S>
+void step_window(const Window& window, const Rows& at, int64_t rows, int64_t padded_key, const float* v, float* o, int64_t ld,
+                 float* scratch) {
+  const bool one = window.tokens == 1;
+  if (padded_key == 128)
+    return one ? step_one<S, 128>(window, at, rows, padded_key, v, o)
+               : step_many<S, 128>(window, at, rows, padded_key, v, o, ld, scratch);
+  one ? step_one<S, 0>(window, at, rows, padded_key, v, o) : step_many<S, 0>(window, at, rows, padded_key, v, o, ld, scratch);
+}
+
+/// One buffer cut into pieces that start on cache lines.
+struct Scratch {
+  char* next;
+  float* floats(int64_t n) {
+    float* out = (float*)next;
+    next += round_up(n * (int64_t)sizeof(float), 64);
+    return out;
+  }
+};
+
+constexpr int64_t step_scratch_bytes(int64_t key_dim, int64_t rows) {
+  const int64_t padded = round_up(key_dim, W), ld = round_up(rows, row_block), T = max_step_tokens;
+  return 4 * (2 * T * padded + 3 * T + 2 * T * T + 2 * T * ld + step_many_floats(padded) + ld * padded +
+              stage_floats(padded > ld ? padded : ld)) + 64 * 12;
+}
+
+inline void step(const HeadWork& work) {
+  const int64_t padded = round_up(work.key_dim, W), ld = round_up(work.rows, row_block);
+  Scratch scratch{work.scratch};
+  Window window{};
+  window.keys = scratch.floats(2 * max_step_tokens * padded);
+  window.decay = scratch.floats(max_step_tokens);
+  window.rest = scratch.floats(max_step_tokens);
+  window.beta = scratch.floats(max_step_tokens);
+  window.key_mix = scratch.floats(max_step_tokens * max_step_tokens);
+  window.query_mix = scratch.floats(max_step_tokens * max_step_tokens);
+  float* v = scratch.floats(max_step_tokens * ld);
+  float* o = scratch.floats(max_step_tokens * ld);
+  float* temporary = scratch.floats(step_many_floats(padded));
+  float* state = scratch.floats(ld * padded);
+  float* stage = scratch.floats(stage_floats(padded > ld ? padded : ld));
+
+  const bool token_stores = work.token_targets || work.snapshots.data;
+  const auto dense = [&](const Matrix& m) {
+    return m.data && m.col_stride == size_of(m.type) && padded == work.key_dim && work.rows % row_group == 0;
+  };
+  // Straight on the caller's memory where its rows are dense; through a copy in float otherwise.
+  const bool direct = dense(work.source) && (!work.target.data || dense(work.target)) && !token_stores &&
+                      work.tokens >= 1 && work.tokens <= max_step_tokens;
+  if (!direct) {
+    for (int64_t i = 0; i < ld * padded; ++i) state[i] = 0;
+    load_dense(work.source, work.rows, work.key_dim, state, padded, stage);
+  }
+
+  for (int64_t first = 0; first < work.tokens; first += window.tokens) {
+    const int64_t left = work.tokens - first;
+    window.tokens = token_stores ? 1 : (left < max_step_tokens ? left : max_step_tokens);
+    window.queries = window.keys + window.tokens * padded;
+    load_window(work, first, padded, window);
+    for (int64_t t = 0; t < window.tokens; ++t) {
+      load_run(work.v, first + t, work.rows, v + t * ld);
+      for (int64_t r = work.rows; r < ld; ++r) v[t * ld + r] = 0;
+    }
+    if (direct) {
+      const Rows at{work.source.data, work.source.row_stride, work.target.data, work.target.row_stride};
+      with_element(work.source.type,
+                   [&]<class S>(S*) { step_window<S>(window, at, work.rows, padded, v, o, ld, temporary); });
+    } else {
+      const Rows at{(const char*)state, padded * 4, (char*)state, padded * 4};
+      step_window<float>(window, at, round_up(work.rows, row_group), padded, v, o, ld, temporary);
+    }
+    for (int64_t t = 0; t < window.tokens; ++t) store_run(o + t * ld, work.o, first + t, work.rows);
+    if (token_stores) {
+      if (work.token_targets && work.token_targets[first]) {
+        Matrix to = work.token_layout;
+        to.data = work.token_targets[first];
+        store_dense(state, padded, work.rows, work.key_dim, to, stage);
+      }
+      if (work.snapshots.data) {
+        Matrix to = work.snapshots;
+        to.data += first * work.snapshot_stride;
+        store_dense(state, padded, work.rows, work.key_dim, to, stage);
+      }
+    }
+  }
+  if (!direct && work.target.data) store_dense(state, padded, work.rows, work.key_dim, work.target, stage);
+}
+
+}  // namespace
+}  // namespace gatedelta::cpu

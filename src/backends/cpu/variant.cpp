@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once for each instruction set: GATEDELTA_VARIANT is its name, GATEDELTA_TABLE the table it defines.
+#include "backends/cpu/chunks.hpp"
+
+namespace gatedelta::cpu {
+namespace {
+
+#define GATEDELTA_TEXT(x) #x
+#define GATEDELTA_STRING(x) GATEDELTA_TEXT(x)
+
+int64_t scratch_bytes(int64_t key_dim, int64_t rows) {
+  const int64_t a = step_scratch_bytes(key_dim, rows), b = chunk_scratch_bytes(key_dim, rows);
+  return round_up(a > b ? a : b, 64);
+}
+
+constexpr Kernels table{GATEDELTA_STRING(GATEDELTA_VARIANT), scratch_bytes, step, chunks};
+
+}  // namespace
+
+extern const Kernels* const GATEDELTA_TABLE = &table;
+
+}  // namespace gatedelta::cpu

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// The vector type and what differs by instruction set; GCC's vector extensions do the rest. This header and those that
+// build on it are compiled once for each variant. All they define is in an anonymous namespace, and they use nothing of the
+// standard library: a shared inline function would be one symbol, and the linker could give the AVX-512 copy to all.
+namespace gatedelta::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t W = 16;  // floats in a vector
+#elif defined(__AVX2__)
+constexpr int64_t W = 8;
+#else
+constexpr int64_t W = 4;
+#endif
+
+#define GATEDELTA_INLINE inline __attribute__((always_inline))
+
+// Before a loop of a constant count over registers.
+#if defined(__clang__)
+#define GATEDELTA_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define GATEDELTA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v8 __attribute__((vector_size(32)));
+// Pairs of double vectors hold one vector of floats.
+typedef float vf_half __attribute__((vector_size(W * 2)));
+typedef double vd __attribute__((vector_size(W * 4)));
+
+struct bf16_t {
+  uint16_t bits;
+};
+struct f16_t {
+  uint16_t bits;
+};
+
+template <class T>
+GATEDELTA_INLINE T load_as(const void* p) {
+  T x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class T>
+GATEDELTA_INLINE void store_as(void* p, T x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
+GATEDELTA_INLINE vf set1(float x) { return x - vf{}; }
+
+GATEDELTA_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+GATEDELTA_INLINE vf load(const float* p) { return load_as<vf>(p); }
+GATEDELTA_INLINE void store(float* p, vf x) { store_as(p, x); }
+
+GATEDELTA_INLINE vf load(const bf16_t* p) {
+  return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+}
+
+/// Nearest even; NaN stays NaN.
+GATEDELTA_INLINE void store(bf16_t* p, vf x) {
+  const vu bits = (vu)x;
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vu quiet = (bits >> 16) | 0x40u;
+  const vu result = (x != x) ? quiet : rounded;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)result));
+#else
+  store_as(p, __builtin_convertvector(result, vh));
+#endif
+}
+
+GATEDELTA_INLINE vf load(const f16_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  const vu half = __builtin_convertvector(load_as<vh>(p), vu);
+  const vu magnitude = (half & 0x7fffu) << 13;
+  const vf scaled = (vf)magnitude * 0x1p112f;  // rebiases the exponent; exact for subnormals, too
+  const vu special = magnitude | 0x7f800000u;  // infinity and NaN
+  const vu bits = (magnitude >= 0x0f800000u) ? special : (vu)scaled;
+  return (vf)(bits | ((half & 0x8000u) << 16));
+#endif
+}
+
+GATEDELTA_INLINE void store(f16_t* p, vf x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  // As to_float16() of gatedelta/dtype.hpp, on all lanes.
+  const vu bits = (vu)x, magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
+  const vu normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const vu subnormal = (vu)((vf)magnitude + 0.5f) - 0x3f000000u;
+  const vu nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  vu result = (magnitude < 0x38800000u) ? subnormal : normal;
+  result = (magnitude >= 0x477ff000u) ? vu{} + 0x7c00u : result;
+  result = (magnitude > 0x7f800000u) ? nan : result;
+  store_as(p, __builtin_convertvector(result | sign, vh));
+#endif
+}
+
+/// The sum of each of four vectors.
+GATEDELTA_INLINE v4 fold(vf x) {
+#if defined(__AVX512F__)
+  const v8 half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                  __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+#else
+  return x;
+#endif
+}
+GATEDELTA_INLINE v4 reduce4(vf a, vf b, vf c, vf d) {
+  const v4 w = fold(a), x = fold(b), y = fold(c), z = fold(d);
+  const v4 wx = __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
+  const v4 yz = __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
+  return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
+}
+
+GATEDELTA_INLINE vd widen_low(vf x) {
+  vf_half half;
+  __builtin_memcpy(&half, &x, sizeof half);
+  return __builtin_convertvector(half, vd);
+}
+GATEDELTA_INLINE vd widen_high(vf x) {
+  vf_half half;
+  __builtin_memcpy(&half, (const char*)&x + sizeof half, sizeof half);
+  return __builtin_convertvector(half, vd);
+}
+GATEDELTA_INLINE double sum(vd x) {
+  double total = 0;
+  for (int64_t i = 0; i < W / 2; ++i) total += x[i];
+  return total;
+}
+
+/// e^x within 2 units in the last place over the whole range, subnormal results and infinity included.
+/// Reduction and minimax polynomial after Muller et al., "Handbook of Floating-Point Arithmetic", chapter 10.
+GATEDELTA_INLINE vf exponential(vf x) {
+  vf y = (x > 89.0f) ? set1(89.0f) : x;
+  y = (y < -105.0f) ? set1(-105.0f) : y;
+  const vf shifter = set1(0x1.8p23f);
+  const vf shifted = fma(y, set1(0x1.715476p+0f), shifter);  // rounds y / ln 2 to an integer in the low bits
+  const vf n = shifted - shifter;
+  vf r = fma(n, set1(-0x1.62e4p-1f), y);
+  r = fma(n, set1(-0x1.7f7d1cp-20f), r);
+  vf p = set1(1.0f / 5040.0f);
+  p = fma(p, r, set1(1.0f / 720.0f));
+  p = fma(p, r, set1(1.0f / 120.0f));
+  p = fma(p, r, set1(1.0f / 24.0f));
+  p = fma(p, r, set1(1.0f / 6.0f));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  // 2^n in two factors, so that both are normal numbers.
+  const vi exponent = __builtin_convertvector(n, vi);
+  const vi first = exponent >> 1, second = exponent - first;
+  p = p * (vf)((first + 127) << 23) * (vf)((second + 127) << 23);
+  return (x != x) ? x : p;
+}
+
+}  // namespace
+}  // namespace gatedelta::cpu
