@@ -24,6 +24,7 @@ namespace cpu {
 #if !defined(GATEDELTA_X86_VARIANTS)
 const Kernels* const kernels_avx2 = nullptr;
 const Kernels* const kernels_avx512 = nullptr;
+const Kernels* const kernels_avx512bf16 = nullptr;
 #endif
 
 namespace {
@@ -51,6 +52,8 @@ std::vector<Variant> variants() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (kernels_avx512bf16) out.push_back({kernels_avx512bf16, bf16});
   if (kernels_avx512) out.push_back({kernels_avx512, avx512});
   if (kernels_avx2) out.push_back({kernels_avx2, avx2});
 #endif
@@ -152,10 +155,14 @@ class Gates {
 
   double beta(std::int64_t batch, std::int64_t token) const {
     switch (config_.beta) {
-      case BetaForm::one: return 1;
-      case BetaForm::value: return load(in_.beta, batch, token, head_);
-      case BetaForm::logits: return 1 / (1 + std::exp(-load(in_.b, batch, token, head_)));
-      case BetaForm::twice_logits: return 2 / (1 + std::exp(-load(in_.b, batch, token, head_)));
+      case BetaForm::one:
+        return 1;
+      case BetaForm::value:
+        return load(in_.beta, batch, token, head_);
+      case BetaForm::logits:
+        return 1 / (1 + std::exp(-load(in_.b, batch, token, head_)));
+      case BetaForm::twice_logits:
+        return 2 / (1 + std::exp(-load(in_.b, batch, token, head_)));
     }
     return 0;
   }
@@ -218,9 +225,9 @@ class CpuBackend final : public Backend {
   std::string description() const override {
     const std::string variant = kernels_ ? kernels_->name : "none";
 #if defined(_OPENMP)
-    return "Eigen-free vector kernels (" + variant + "), OpenMP";
+    return "vector kernels (" + variant + "), OpenMP";
 #else
-    return "Eigen-free vector kernels (" + variant + "), one thread";
+    return "vector kernels (" + variant + "), one thread";
 #endif
   }
   Availability availability() const override { return {kernels_ != nullptr, problem_}; }

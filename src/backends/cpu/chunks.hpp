@@ -19,15 +19,15 @@ constexpr int64_t solve_rows_at_once = 8;
 
 struct Chunk {
   int64_t tokens, padded_key, ld;  // ld: value rows rounded up to vectors
-  float* vectors;      // [2C][padded_key]: keys, then queries
-  float* keys_turned;  // [K][C rounded up]
-  float* mixes;        // [2C][C rounded up]: -A, then B
-  float* values;       // [2C][ld]: V - W, becoming U; then P, becoming O
-  float* decay;        // [2C]: -e^{G_t}, then e^{G_t}
-  float* rest;         // [C]: e^{G_C-G_t}
-  float* ones;         // a 1, for products that add to what is there
-  double* total;       // [C]: G_t
-  float* products;     // [2C][ld]
+  float* vectors;                  // [2C][padded_key]: keys, then queries
+  float* keys_turned;              // [K][C rounded up]
+  float* mixes;                    // [2C][C rounded up]: -A, then B
+  float* values;                   // [2C][ld]: V - W, becoming U; then P, becoming O
+  float* decay;                    // [2C]: -e^{G_t}, then e^{G_t}
+  float* rest;                     // [C]: e^{G_C-G_t}
+  float* ones;                     // a 1, for products that add to what is there
+  double* total;                   // [C]: G_t
+  float* products;                 // [2C][ld]
 };
 
 /// e^{G_t-G_j} for j <= t, formed in the log domain.
@@ -64,10 +64,18 @@ inline void load_chunk(const HeadWork& work, int64_t first, Chunk& chunk) {
   for (int64_t half = 0; half < 2; ++half)
     for (int64_t t = 0; t < C; t += stage_rows) {
       const int64_t group = C - t < stage_rows ? C - t : stage_rows;
-      multiply({.m = group, .n = round_up(t + group, W), .depth = work.key_dim,
-                .a = chunk.vectors + (half * C + t) * padded, .row_a = padded, .col_a = 1,
-                .b = chunk.keys_turned, .ld_b = ld_mix, .c = chunk.mixes + (half * C + t) * ld_mix, .ld_c = ld_mix,
-                .alpha = nullptr, .alpha_stride = 0});
+      multiply({.m = group,
+                .n = round_up(t + group, W),
+                .depth = work.key_dim,
+                .a = chunk.vectors + (half * C + t) * padded,
+                .row_a = padded,
+                .col_a = 1,
+                .b = chunk.keys_turned,
+                .ld_b = ld_mix,
+                .c = chunk.mixes + (half * C + t) * ld_mix,
+                .ld_c = ld_mix,
+                .alpha = nullptr,
+                .alpha_stride = 0});
     }
   float row[round_up(chunk_tokens, 16)];
   for (int64_t t = 0; t < C; ++t) {
@@ -90,8 +98,18 @@ inline void solve(const float* minus_a, int64_t ld_a, int64_t tokens, float* u, 
   for (int64_t t = 0; t < tokens; t += solve_rows_at_once) {
     const int64_t count = tokens - t < solve_rows_at_once ? tokens - t : solve_rows_at_once;
     if (t > 0)
-      multiply({.m = count, .n = ld, .depth = t, .a = minus_a + t * ld_a, .row_a = ld_a, .col_a = 1, .b = u, .ld_b = ld,
-                .c = u + t * ld, .ld_c = ld, .alpha = &one, .alpha_stride = 0});
+      multiply({.m = count,
+                .n = ld,
+                .depth = t,
+                .a = minus_a + t * ld_a,
+                .row_a = ld_a,
+                .col_a = 1,
+                .b = u,
+                .ld_b = ld,
+                .c = u + t * ld,
+                .ld_c = ld,
+                .alpha = &one,
+                .alpha_stride = 0});
     for (int64_t r = 0; r < ld; r += W) {
       float* column = u + t * ld + r;
       for (int64_t i = 1; i < count; ++i) {
@@ -109,8 +127,18 @@ inline void run_chunk(const HeadWork& work, int64_t first, Chunk& chunk, float* 
   load_chunk(work, first, chunk);
 
   float *u = chunk.values, *o = chunk.values + C * ld;
-  multiply({.m = 2 * C, .n = ld, .depth = K, .a = chunk.vectors, .row_a = padded, .col_a = 1, .b = state, .ld_b = ld,
-            .c = u, .ld_c = ld, .alpha = nullptr, .alpha_stride = 0});
+  multiply({.m = 2 * C,
+            .n = ld,
+            .depth = K,
+            .a = chunk.vectors,
+            .row_a = padded,
+            .col_a = 1,
+            .b = state,
+            .ld_b = ld,
+            .c = u,
+            .ld_c = ld,
+            .alpha = nullptr,
+            .alpha_stride = 0});
   for (int64_t t = 0; t < C; ++t) {
     float* v = chunk.products;
     load_run(work.v, first + t, work.rows, v);
@@ -119,19 +147,41 @@ inline void run_chunk(const HeadWork& work, int64_t first, Chunk& chunk, float* 
     for (int64_t r = 0; r < ld; r += W) store(u + t * ld + r, beta * fma(decay, load(u + t * ld + r), load(v + r)));
   }
   solve(chunk.mixes, ld_mix, C, u, ld);
-  multiply({.m = C, .n = ld, .depth = C, .a = chunk.mixes + C * ld_mix, .row_a = ld_mix, .col_a = 1, .b = u, .ld_b = ld,
-            .c = o, .ld_c = ld, .alpha = chunk.decay + C, .alpha_stride = 1}, true);
+  multiply({.m = C,
+            .n = ld,
+            .depth = C,
+            .a = chunk.mixes + C * ld_mix,
+            .row_a = ld_mix,
+            .col_a = 1,
+            .b = u,
+            .ld_b = ld,
+            .c = o,
+            .ld_c = ld,
+            .alpha = chunk.decay + C,
+            .alpha_stride = 1},
+           true);
   if (!update) return;
   for (int64_t t = 0; t < C; ++t)
     for (int64_t r = 0; r < ld; r += W) store(u + t * ld + r, load(u + t * ld + r) * set1(chunk.rest[t]));
-  multiply({.m = K, .n = ld, .depth = C, .a = chunk.vectors, .row_a = 1, .col_a = padded, .b = u, .ld_b = ld,
-            .c = state, .ld_c = ld, .alpha = chunk.decay + 2 * C - 1, .alpha_stride = 0});
+  multiply({.m = K,
+            .n = ld,
+            .depth = C,
+            .a = chunk.vectors,
+            .row_a = 1,
+            .col_a = padded,
+            .b = u,
+            .ld_b = ld,
+            .c = state,
+            .ld_c = ld,
+            .alpha = chunk.decay + 2 * C - 1,
+            .alpha_stride = 0});
 }
 
 constexpr int64_t chunk_scratch_bytes(int64_t key_dim, int64_t rows) {
   const int64_t padded = round_up(key_dim, W), ld = round_up(rows, W), C = round_up(chunk_tokens, W);
   return 4 * (2 * C * padded + key_dim * C + 2 * C * C + 2 * C * ld + 4 * C + 2 * C + ld + key_dim * ld +
-              stage_floats(padded > ld ? padded : ld)) + 64 * 12;
+              stage_floats(padded > ld ? padded : ld)) +
+         64 * 12;
 }
 
 inline void chunks(const HeadWork& work) {
@@ -161,8 +211,7 @@ inline void chunks(const HeadWork& work) {
     chunk.tokens = work.tokens - first < longest ? work.tokens - first : longest;
     const bool last = first + chunk.tokens == work.tokens;
     run_chunk(work, first, chunk, state, !last || work.target.data || token_stores);
-    for (int64_t t = 0; t < chunk.tokens; ++t)
-      store_run(chunk.values + (chunk.tokens + t) * ld, work.o, first + t, work.rows);
+    for (int64_t t = 0; t < chunk.tokens; ++t) store_run(chunk.values + (chunk.tokens + t) * ld, work.o, first + t, work.rows);
     if (!token_stores) continue;
     if (work.token_targets && work.token_targets[first]) {
       Matrix to = work.token_layout;

@@ -20,18 +20,18 @@ struct Matrix {
 
 /// One head of one sequence, or a block of its value rows.
 struct HeadWork {
-  int64_t tokens = 0;  ///< T
+  int64_t tokens = 0;   ///< T
   int64_t key_dim = 0;  ///< K
   int64_t rows = 0;     ///< value rows of this block
   bool qk_l2norm = true;
   double l2_eps = 0;
   double scale = 1;
-  Matrix q, k;                     ///< [T, K]
-  Matrix v, o;                     ///< [T, rows]
+  Matrix q, k;                        ///< [T, K]
+  Matrix v, o;                        ///< [T, rows]
   const double* log_decay = nullptr;  ///< [T], at least -1e5
   const double* beta = nullptr;       ///< [T]
-  Matrix source;                   ///< [rows, K]; no data: the zero state
-  Matrix target;                   ///< [rows, K], after the last token; no data: not stored
+  Matrix source;                      ///< [rows, K]; no data: the zero state
+  Matrix target;                      ///< [rows, K], after the last token; no data: not stored
   /// After each token: where the state goes in the pool (one address a token, null to skip, laid out like token_layout) ...
   char* const* token_targets = nullptr;
   Matrix token_layout;
@@ -61,5 +61,6 @@ inline constexpr int64_t chunk_tokens = 64;
 extern const Kernels* const kernels_baseline;
 extern const Kernels* const kernels_avx2;
 extern const Kernels* const kernels_avx512;
+extern const Kernels* const kernels_avx512bf16;
 
 }  // namespace gatedelta::cpu

@@ -16,9 +16,12 @@ GATEDELTA_INLINE int64_t size_of(Element type) { return type == Element::f32 ? 4
 template <class Function>
 GATEDELTA_INLINE auto with_element(Element type, Function function) {
   switch (type) {
-    case Element::f16: return function((f16_t*)nullptr);
-    case Element::bf16: return function((bf16_t*)nullptr);
-    default: return function((float*)nullptr);
+    case Element::f16:
+      return function((f16_t*)nullptr);
+    case Element::bf16:
+      return function((bf16_t*)nullptr);
+    default:
+      return function((float*)nullptr);
   }
 }
 
@@ -185,7 +188,7 @@ struct Product {
   int64_t ld_b;
   float* c;
   int64_t ld_c;
-  const float* alpha;  ///< null: C is overwritten
+  const float* alpha;    ///< null: C is overwritten
   int64_t alpha_stride;  ///< 0: one factor for all rows
 };
 
@@ -201,32 +204,30 @@ template <int M, int N>
 GATEDELTA_INLINE void product_tile(const Product& p, int64_t i, int64_t j, int64_t depth) {
   vf acc[M][N];
   float* c = p.c + i * p.ld_c + j;
-GATEDELTA_UNROLL
-  for (int r = 0; r < M; ++r)
-GATEDELTA_UNROLL
-    for (int s = 0; s < N; ++s)
-      acc[r][s] = p.alpha ? load(c + r * p.ld_c + s * W) * set1(p.alpha[(i + r) * p.alpha_stride]) : vf{};
+  GATEDELTA_UNROLL
+  for (int r = 0; r < M; ++r) GATEDELTA_UNROLL
+  for (int s = 0; s < N; ++s)
+    acc[r][s] = p.alpha ? load(c + r * p.ld_c + s * W) * set1(p.alpha[(i + r) * p.alpha_stride]) : vf{};
   const float* a = p.a + i * p.row_a;
   const float* b = p.b + j;
   for (int64_t d = 0; d < depth; ++d, a += p.col_a, b += p.ld_b) {
     vf row[N];
-GATEDELTA_UNROLL
+    GATEDELTA_UNROLL
     for (int s = 0; s < N; ++s) row[s] = load(b + s * W);
-GATEDELTA_UNROLL
+    GATEDELTA_UNROLL
     for (int r = 0; r < M; ++r) {
       const vf x = set1(a[r * p.row_a]);
-GATEDELTA_UNROLL
+      GATEDELTA_UNROLL
       for (int s = 0; s < N; ++s) acc[r][s] = fma(x, row[s], acc[r][s]);
     }
   }
-GATEDELTA_UNROLL
-  for (int r = 0; r < M; ++r)
-GATEDELTA_UNROLL
-    for (int s = 0; s < N; ++s) store(c + r * p.ld_c + s * W, acc[r][s]);
+  GATEDELTA_UNROLL
+  for (int r = 0; r < M; ++r) GATEDELTA_UNROLL
+  for (int s = 0; s < N; ++s) store(c + r * p.ld_c + s * W, acc[r][s]);
 }
 
 template <int M>
-void product_rows(const Product& p, int64_t i, int64_t depth) {
+GATEDELTA_KERNEL void product_rows(const Product& p, int64_t i, int64_t depth) {
   int64_t j = 0;
   for (; j + tile_vectors * W <= p.n; j += tile_vectors * W) product_tile<M, tile_vectors>(p, i, j, depth);
   if constexpr (tile_vectors == 4)
@@ -234,7 +235,8 @@ void product_rows(const Product& p, int64_t i, int64_t depth) {
   for (; j < p.n; j += W) product_tile<M, 1>(p, i, j, depth);
 }
 
-/// `lower`: A is lower triangular (zeros above the diagonal are stored), so the tile of rows i.. needs no depth past its last row.
+/// `lower`: A is lower triangular (zeros above the diagonal are stored), so the tile of rows i.. needs no depth past its last
+/// row.
 inline void multiply(const Product& p, bool lower = false) {
   int64_t i = 0;
   const auto depth = [&](int64_t last) { return lower && last < p.depth ? last : p.depth; };

@@ -14,26 +14,26 @@
 namespace gatedelta::cpu {
 namespace {
 
-constexpr int64_t row_group = 4;    // rows whose sums are reduced together
-constexpr int64_t row_block = 16;   // rows that share one triangular solve
+constexpr int64_t row_group = 4;          // rows whose sums are reduced together
+constexpr int64_t row_block = 16;         // rows that share one triangular solve
 constexpr int64_t prefetch_bytes = 8192;  // of state ahead of the row in work: hides DRAM latency (16 rows of 128 floats)
 
 /// The tokens of one window, ready for use.
 struct Window {
   int64_t tokens;
-  float* keys;     // [T][padded], followed by
-  float* queries;  // [T][padded]: one array of 2T vectors
-  float* decay;    // [T]: e^{G_t}
-  float* rest;     // [T]: e^{G_T-G_t}
-  float* beta;     // [T]
+  float* keys;       // [T][padded], followed by
+  float* queries;    // [T][padded]: one array of 2T vectors
+  float* decay;      // [T]: e^{G_t}
+  float* rest;       // [T]: e^{G_T-G_t}
+  float* beta;       // [T]
   float* key_mix;    // [T][T]: -beta_t e^{G_t-G_j} k_t.k_j below the diagonal
   float* query_mix;  // [T][T]: e^{G_t-G_j} q_t.k_j up to the diagonal
 };
 
 GATEDELTA_INLINE float dot(const float* a, const float* b, int64_t n) {
-  vf acc{};
-  for (int64_t i = 0; i < n; i += W) acc = fma(load(a + i), load(b + i), acc);
-  return reduce4(acc, acc, acc, acc)[0];
+  vf acc[row_group]{};
+  for (int64_t i = 0; i < n; i += W) acc[0] = fma(load(a + i), load(b + i), acc[0]);
+  return reduce(acc, acc).a[0];
 }
 
 GATEDELTA_INLINE float exponential_of(double x) { return exponential(set1((float)x))[0]; }
@@ -71,45 +71,79 @@ struct Rows {
   int64_t target_stride;
 };
 
-/// One token. `rows` is a multiple of row_group.
-template <class S, int64_t FixedK>
-void step_one(const Window& window, const Rows& at, int64_t rows, int64_t padded_key, const float* v, float* o) {
-  const int64_t K = FixedK ? FixedK : padded_key;
-  const float *key = window.keys, *query = window.queries;
-  const float decay = window.decay[0], beta = window.beta[0], mix = window.query_mix[0];
-  for (int64_t r = 0; r < rows; r += row_group) {
-    const char* source = at.source + r * at.source_stride;
-    const S* row[row_group];
-    vf with_key[row_group], with_query[row_group];
+/// row_group rows times the key and the query, the next rows on their way into the cache. Rows of 16 bits are left widened
+/// in `wide`, [row_group][K].
+template <class S>
+GATEDELTA_INLINE Sums multiply_group(const S* const* row, const float* key, const float* query, int64_t K, float* wide) {
+  constexpr int64_t line = 64 / sizeof(S);
+  vf with_key[row_group], with_query[row_group];
+  GATEDELTA_UNROLL
+  for (int g = 0; g < row_group; ++g) with_key[g] = with_query[g] = vf{};
+  for (int64_t begin = 0; begin < K; begin += line) {
     GATEDELTA_UNROLL
-    for (int g = 0; g < row_group; ++g) {
-      row[g] = (const S*)(source + g * at.source_stride);
-      with_key[g] = with_query[g] = vf{};
-    }
-    const int64_t ahead = prefetch_bytes;
-    for (int64_t i = 0; i < K; i += W) {
+    for (int g = 0; g < row_group; ++g) __builtin_prefetch((const char*)(row[g] + begin) + prefetch_bytes);
+    for (int64_t i = begin; i < K && i < begin + line; i += W) {
       const vf k = load(key + i), q = load(query + i);
       GATEDELTA_UNROLL
       for (int g = 0; g < row_group; ++g) {
-        if ((i * (int64_t)sizeof(S)) % 64 == 0) __builtin_prefetch((const char*)(row[g] + i) + ahead);
         const vf s = load(row[g] + i);
+        if constexpr (sizeof(S) != 4) store(wide + g * K + i, s);
         with_key[g] = fma(s, k, with_key[g]);
         with_query[g] = fma(s, q, with_query[g]);
       }
     }
-    const v4 Sk = reduce4(with_key[0], with_key[1], with_key[2], with_key[3]);
-    const v4 Sq = reduce4(with_query[0], with_query[1], with_query[2], with_query[3]);
-    const v4 u = beta * (load_as<v4>(v + r) - decay * Sk);
-    store_as(o + r, decay * Sq + mix * u);
-    if (at.target == nullptr) continue;
-    char* target = at.target + r * at.target_stride;
-    GATEDELTA_UNROLL
-    for (int g = 0; g < row_group; ++g) {
-      S* out = (S*)(target + g * at.target_stride);
-      const vf ug = set1(u[g]), d = set1(decay);
-      for (int64_t i = 0; i < K; i += W) store(out + i, fma(ug, load(key + i), d * load(row[g] + i)));
-    }
   }
+  return reduce(with_key, with_query);
+}
+
+/// out = decay * row + u key for row_group rows.
+template <class S, class R>
+GATEDELTA_INLINE void update_group(const R* const* row, const float* key, float decay, v4 u, int64_t K, char* target,
+                                   int64_t stride) {
+  vf weight[row_group];
+  GATEDELTA_UNROLL
+  for (int g = 0; g < row_group; ++g) weight[g] = set1(u[g]);
+  const vf d = set1(decay);
+  for (int64_t i = 0; i < K; i += W) {
+    const vf k = load(key + i);
+    GATEDELTA_UNROLL
+    for (int g = 0; g < row_group; ++g) store((S*)(target + g * stride) + i, fma(weight[g], k, d * load(row[g] + i)));
+  }
+}
+
+/// One token. `rows` is a multiple of row_group; `wide` holds two groups of rows.
+template <class S, int64_t FixedK>
+GATEDELTA_KERNEL void step_one(const Window& window, const Rows& at, int64_t rows, int64_t padded_key, const float* v, float* o,
+                               float* wide) {
+  const int64_t K = FixedK ? FixedK : padded_key;
+  const float decay = window.decay[0], beta = window.beta[0], mix = window.query_mix[0];
+  v4 last_u{};
+  const auto update = [&](int64_t r, v4 u) {
+    char* target = at.target + r * at.target_stride;
+    if constexpr (sizeof(S) == 4) {
+      const float* row[row_group];
+      GATEDELTA_UNROLL
+      for (int g = 0; g < row_group; ++g) row[g] = (const float*)(at.source + (r + g) * at.source_stride);
+      update_group<S>(row, window.keys, decay, u, K, target, at.target_stride);
+    } else {
+      const float* row[row_group];
+      GATEDELTA_UNROLL
+      for (int g = 0; g < row_group; ++g) row[g] = wide + (r % (2 * row_group) + g) * K;
+      update_group<S>(row, window.keys, decay, u, K, target, at.target_stride);
+    }
+  };
+  // The update of a group comes after the products of the next one, which hides the latency of the sums.
+  for (int64_t r = 0; r < rows; r += row_group) {
+    const S* row[row_group];
+    GATEDELTA_UNROLL
+    for (int g = 0; g < row_group; ++g) row[g] = (const S*)(at.source + (r + g) * at.source_stride);
+    const Sums S_times = multiply_group(row, window.keys, window.queries, K, wide + r % (2 * row_group) * K);
+    const v4 u = beta * (load_as<v4>(v + r) - decay * S_times.a);
+    store_as(o + r, decay * S_times.b + mix * u);
+    if (at.target && r > 0) update(r - row_group, last_u);
+    last_u = u;
+  }
+  if (at.target && rows > 0) update(rows - row_group, last_u);
 }
 
 #if defined(__AVX512F__)
@@ -123,9 +157,8 @@ template <int X>
 GATEDELTA_INLINE void multiply_rows(const float* const* row, const float* vectors, int64_t padded, float* products) {
   vf acc[X][row_group];
   GATEDELTA_UNROLL
-  for (int x = 0; x < X; ++x)
-    GATEDELTA_UNROLL
-    for (int g = 0; g < row_group; ++g) acc[x][g] = vf{};
+  for (int x = 0; x < X; ++x) GATEDELTA_UNROLL
+  for (int g = 0; g < row_group; ++g) acc[x][g] = vf{};
   for (int64_t i = 0; i < padded; i += W) {
     vf s[row_group];
     GATEDELTA_UNROLL
@@ -138,7 +171,11 @@ GATEDELTA_INLINE void multiply_rows(const float* const* row, const float* vector
     }
   }
   GATEDELTA_UNROLL
-  for (int x = 0; x < X; ++x) store_as(products + x * row_block, reduce4(acc[x][0], acc[x][1], acc[x][2], acc[x][3]));
+  for (int x = 0; x < X; x += 2) {
+    const Sums sums = reduce(acc[x], acc[x + 1]);
+    store_as(products + x * row_block, sums.a);
+    store_as(products + (x + 1) * row_block, sums.b);
+  }
 }
 
 /// row_group rows, N vectors of keys from column i on: out = decay * row + sum_t weights[t][g] * keys[t].
@@ -148,9 +185,8 @@ GATEDELTA_INLINE void update_rows(const Window& window, const float* const* row,
   const vf decay = set1(window.decay[window.tokens - 1]);
   vf acc[row_group][N];
   GATEDELTA_UNROLL
-  for (int g = 0; g < row_group; ++g)
-    GATEDELTA_UNROLL
-    for (int n = 0; n < N; ++n) acc[g][n] = decay * load(row[g] + i + n * W);
+  for (int g = 0; g < row_group; ++g) GATEDELTA_UNROLL
+  for (int n = 0; n < N; ++n) acc[g][n] = decay * load(row[g] + i + n * W);
   const float* key = window.keys + i;
   for (int64_t t = 0; t < window.tokens; ++t, key += padded, weights += row_block) {
     vf k[N];
@@ -164,9 +200,8 @@ GATEDELTA_INLINE void update_rows(const Window& window, const float* const* row,
     }
   }
   GATEDELTA_UNROLL
-  for (int g = 0; g < row_group; ++g)
-    GATEDELTA_UNROLL
-    for (int n = 0; n < N; ++n) store(out[g] + i + n * W, acc[g][n]);
+  for (int g = 0; g < row_group; ++g) GATEDELTA_UNROLL
+  for (int n = 0; n < N; ++n) store(out[g] + i + n * W, acc[g][n]);
 }
 
 /// The triangular solve for row_block rows: `with_keys` [T][row_block] holds S0 k_t and becomes u_t,
@@ -187,18 +222,17 @@ inline void solve_rows(const Window& window, const float* v, int64_t ld_v, float
     }
 }
 
-/// Floats of scratch of step_many.
-constexpr int64_t step_many_floats(int64_t padded_key) {
-  return 2 * max_step_tokens * row_block + row_block * padded_key;
-}
+/// Floats of scratch of step_one and step_many.
+constexpr int64_t step_many_floats(int64_t padded_key) { return 2 * max_step_tokens * row_block + row_block * padded_key; }
 
-/// Two to max_step_tokens tokens. `rows` is a multiple of row_group; v and o are [T][ld] with ld >= rows rounded up to row_block.
+/// Two to max_step_tokens tokens. `rows` is a multiple of row_group; v and o are [T][ld] with ld >= rows rounded up to
+/// row_block.
 template <class S, int64_t FixedK>
-void step_many(const Window& window, const Rows& at, int64_t rows, int64_t padded_key, const float* v, float* o, int64_t ld,
-               float* scratch) {
+GATEDELTA_KERNEL void step_many(const Window& window, const Rows& at, int64_t rows, int64_t padded_key, const float* v,
+                                float* o, int64_t ld, float* scratch) {
   const int64_t K = FixedK ? FixedK : padded_key, T = window.tokens;
-  float* with_keys = scratch;                          // [T][row_block]
-  float* with_queries = scratch + T * row_block;       // [T][row_block], right behind: one array of 2T rows
+  float* with_keys = scratch;                                  // [T][row_block]
+  float* with_queries = scratch + T * row_block;               // [T][row_block], right behind: one array of 2T rows
   float* widened = scratch + 2 * max_step_tokens * row_block;  // [row_block][K], 16-bit states only
   for (int64_t block = 0; block < rows; block += row_block) {
     const int64_t count = rows - block < row_block ? rows - block : row_block;
@@ -244,9 +278,10 @@ void step_window(const Window& window, const Rows& at, int64_t rows, int64_t pad
                  float* scratch) {
   const bool one = window.tokens == 1;
   if (padded_key == 128)
-    return one ? step_one<S, 128>(window, at, rows, padded_key, v, o)
+    return one ? step_one<S, 128>(window, at, rows, padded_key, v, o, scratch)
                : step_many<S, 128>(window, at, rows, padded_key, v, o, ld, scratch);
-  one ? step_one<S, 0>(window, at, rows, padded_key, v, o) : step_many<S, 0>(window, at, rows, padded_key, v, o, ld, scratch);
+  one ? step_one<S, 0>(window, at, rows, padded_key, v, o, scratch)
+      : step_many<S, 0>(window, at, rows, padded_key, v, o, ld, scratch);
 }
 
 /// One buffer cut into pieces that start on cache lines.
@@ -262,7 +297,8 @@ struct Scratch {
 constexpr int64_t step_scratch_bytes(int64_t key_dim, int64_t rows) {
   const int64_t padded = round_up(key_dim, W), ld = round_up(rows, row_block), T = max_step_tokens;
   return 4 * (2 * T * padded + 3 * T + 2 * T * T + 2 * T * ld + step_many_floats(padded) + ld * padded +
-              stage_floats(padded > ld ? padded : ld)) + 64 * 12;
+              stage_floats(padded > ld ? padded : ld)) +
+         64 * 12;
 }
 
 inline void step(const HeadWork& work) {
@@ -286,8 +322,8 @@ inline void step(const HeadWork& work) {
     return m.data && m.col_stride == size_of(m.type) && padded == work.key_dim && work.rows % row_group == 0;
   };
   // Straight on the caller's memory where its rows are dense; through a copy in float otherwise.
-  const bool direct = dense(work.source) && (!work.target.data || dense(work.target)) && !token_stores &&
-                      work.tokens >= 1 && work.tokens <= max_step_tokens;
+  const bool direct = dense(work.source) && (!work.target.data || dense(work.target)) && !token_stores && work.tokens >= 1 &&
+                      work.tokens <= max_step_tokens;
   if (!direct) {
     for (int64_t i = 0; i < ld * padded; ++i) state[i] = 0;
     load_dense(work.source, work.rows, work.key_dim, state, padded, stage);
@@ -304,8 +340,7 @@ inline void step(const HeadWork& work) {
     }
     if (direct) {
       const Rows at{work.source.data, work.source.row_stride, work.target.data, work.target.row_stride};
-      with_element(work.source.type,
-                   [&]<class S>(S*) { step_window<S>(window, at, work.rows, padded, v, o, ld, temporary); });
+      with_element(work.source.type, [&]<class S>(S*) { step_window<S>(window, at, work.rows, padded, v, o, ld, temporary); });
     } else {
       const Rows at{(const char*)state, padded * 4, (char*)state, padded * 4};
       step_window<float>(window, at, round_up(work.rows, row_group), padded, v, o, ld, temporary);

@@ -21,6 +21,8 @@ constexpr int64_t W = 4;
 #endif
 
 #define GATEDELTA_INLINE inline __attribute__((always_inline))
+// The hot loops: a function of their own, so that they have all registers.
+#define GATEDELTA_KERNEL __attribute__((noinline))
 
 // Before a loop of a constant count over registers.
 #if defined(__clang__)
@@ -34,7 +36,6 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef float v4 __attribute__((vector_size(16)));
-typedef float v8 __attribute__((vector_size(32)));
 // Pairs of double vectors hold one vector of floats.
 typedef float vf_half __attribute__((vector_size(W * 2)));
 typedef double vd __attribute__((vector_size(W * 4)));
@@ -72,26 +73,53 @@ GATEDELTA_INLINE vf fma(vf a, vf b, vf c) {
 GATEDELTA_INLINE vf load(const float* p) { return load_as<vf>(p); }
 GATEDELTA_INLINE void store(float* p, vf x) { store_as(p, x); }
 
+// The conversions are spelled out where GCC's own code for __builtin_convertvector takes more instructions.
 GATEDELTA_INLINE vf load(const bf16_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#elif defined(__SSE2__)
+  return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)p));
+#else
   return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+#endif
 }
 
-/// Nearest even; NaN stays NaN.
+/// Nearest even; NaN stays NaN (what is stored comes out of arithmetic, so that it is a quiet one).
 GATEDELTA_INLINE void store(bf16_t* p, vf x) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormal numbers for zero; they go the long way.
+  constexpr int subnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, subnormal) == 0, 1)) {
+    store_as(p, _mm512_cvtneps_pbh((__m512)x));
+    return;
+  }
+#endif
   const vu bits = (vu)x;
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu quiet = (bits >> 16) | 0x40u;
-  const vu result = (x != x) ? quiet : rounded;
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)result));
+  const vu half = ((bits >> 16) & 1u) + 0x7fffu;
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
+  const __m512i rounded = _mm512_mask_add_epi32((__m512i)bits, number, (__m512i)bits, (__m512i)half);
+  store_as(p, _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_srli_epi32(rounded, 16)));
 #else
-  store_as(p, __builtin_convertvector(result, vh));
+  const vu half = (((bits >> 16) & 1u) + 0x7fffu) & (vu)(x == x);
+#if defined(__AVX2__)
+  const __m256i high = _mm256_srli_epi32((__m256i)(bits + half), 16);
+  store_as(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08)));
+#elif defined(__SSE2__)
+  // Sign-extended halves survive the saturation of the only pack there is.
+  const __m128i high = _mm_srai_epi32((__m128i)(bits + half), 16);
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(high, high));
+#else
+  store_as(p, __builtin_convertvector((bits + half) >> 16, vh));
+#endif
 #endif
 }
 
 GATEDELTA_INLINE vf load(const f16_t* p) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
@@ -122,23 +150,41 @@ GATEDELTA_INLINE void store(f16_t* p, vf x) {
 #endif
 }
 
-/// The sum of each of four vectors.
-GATEDELTA_INLINE v4 fold(vf x) {
+/// The sums of four vectors each. Pairs are added in the same order for each of them.
+struct Sums {
+  v4 a, b;
+};
+GATEDELTA_INLINE Sums reduce(const vf (&a)[4], const vf (&b)[4]) {
 #if defined(__AVX512F__)
-  const v8 half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                  __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-#elif defined(__AVX2__)
-  return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+  const auto quarters = [](const vf(&x)[4]) {  // lane i of 128 bits: the four partial sums of x[i]
+    const vf low = __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   __builtin_shufflevector(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const vf high = __builtin_shufflevector(x[2], x[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                    __builtin_shufflevector(x[2], x[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  };
+  const vf x = quarters(a), y = quarters(b);
+  const vf both = __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                  __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  const vf total = both + __builtin_shufflevector(both, both, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return {__builtin_shufflevector(total, total, 0, 4, 8, 12), __builtin_shufflevector(total, total, 2, 6, 10, 14)};
 #else
-  return x;
+  const auto sums = [](const vf(&x)[4]) {
+    const auto fold = [](vf y) {
+#if defined(__AVX2__)
+      return __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
+#else
+      return y;
 #endif
-}
-GATEDELTA_INLINE v4 reduce4(vf a, vf b, vf c, vf d) {
-  const v4 w = fold(a), x = fold(b), y = fold(c), z = fold(d);
-  const v4 wx = __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
-  const v4 yz = __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
-  return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
+    };
+    const v4 w = fold(x[0]), y = fold(x[1]), z = fold(x[2]), t = fold(x[3]);
+    const v4 low = __builtin_shufflevector(w, y, 0, 4, 1, 5) + __builtin_shufflevector(w, y, 2, 6, 3, 7);
+    const v4 high = __builtin_shufflevector(z, t, 0, 4, 1, 5) + __builtin_shufflevector(z, t, 2, 6, 3, 7);
+    return __builtin_shufflevector(low, high, 0, 1, 4, 5) + __builtin_shufflevector(low, high, 2, 3, 6, 7);
+  };
+  return {sums(a), sums(b)};
+#endif
 }
 
 GATEDELTA_INLINE vd widen_low(vf x) {
