@@ -105,9 +105,10 @@ Block read_block(const Weights& weights, const ModelConfig& c, std::int64_t laye
 /// out = in * weight^T. Threads share the columns of `out` where the product takes about a millisecond or more: on a machine
 /// that is busy with other work, waiting for a thread that is not scheduled costs as much.
 void linear(const Matrix& in, const Matrix& weight, Matrix& out) {
-  constexpr std::int64_t block = 64, worth_threads = 1 << 22;
+  constexpr std::int64_t block = 64;
+  [[maybe_unused]] const bool worth_threads = in.rows() * weight.size() >= 1 << 22;
   out.resize(in.rows(), weight.rows());
-#pragma omp parallel for schedule(static) if (in.rows() * weight.size() >= worth_threads)
+#pragma omp parallel for schedule(static) if (worth_threads)
   for (std::int64_t first = 0; first < weight.rows(); first += block) {
     const std::int64_t count = std::min(block, weight.rows() - first);
     out.middleCols(first, count).noalias() = in * weight.middleRows(first, count).transpose();
