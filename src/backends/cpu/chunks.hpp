@@ -46,6 +46,13 @@ inline void load_chunk(const HeadWork& work, int64_t first, Chunk& chunk) {
     load_vector(work.q, first + t, work.key_dim, padded, work.qk_l2norm, work.l2_eps, work.scale, queries + t * padded);
     sum_of_g += work.log_decay[first + t];
     chunk.total[t] = sum_of_g;
+    // What the end of this chunk and the start of the next one touch.
+    prefetch_run(work.o, first + t, work.rows);
+    if (const int64_t next = first + C + t; next < work.tokens) {
+      prefetch_run(work.k, next, work.key_dim);
+      prefetch_run(work.q, next, work.key_dim);
+      prefetch_run(work.v, next, work.rows);
+    }
   }
   for (int64_t t = 0; t < C; ++t) {
     chunk.decay[C + t] = (float)chunk.total[t];

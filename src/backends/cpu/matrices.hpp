@@ -69,6 +69,14 @@ inline void store_run(const float* src, const Matrix& m, int64_t row, int64_t n)
   with_element(m.type, [&]<class S>(S*) { store_run<S>(src, m.data + row * m.row_stride, m.col_stride, n); });
 }
 
+/// Brings a dense row towards the cache. Rows of one head lie a whole token apart, mostly on pages of their own, where the
+/// hardware's prefetchers do not follow.
+inline void prefetch_run(const Matrix& m, int64_t row, int64_t n) {
+  if (m.col_stride != size_of(m.type)) return;
+  const char* begin = m.data + row * m.row_stride;
+  for (int64_t i = 0; i < n * m.col_stride; i += 64) __builtin_prefetch(begin + i, 0, 2);
+}
+
 inline void fill_zero(float* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0;
 }
@@ -226,25 +234,26 @@ GATEDELTA_INLINE void product_tile(const Product& p, int64_t i, int64_t j, int64
   for (int s = 0; s < N; ++s) store(c + r * p.ld_c + s * W, acc[r][s]);
 }
 
-template <int M>
-GATEDELTA_KERNEL void product_rows(const Product& p, int64_t i, int64_t depth) {
-  int64_t j = 0;
-  for (; j + tile_vectors * W <= p.n; j += tile_vectors * W) product_tile<M, tile_vectors>(p, i, j, depth);
-  if constexpr (tile_vectors == 4)
-    for (; j + 2 * W <= p.n; j += 2 * W) product_tile<M, 2>(p, i, j, depth);
-  for (; j < p.n; j += W) product_tile<M, 1>(p, i, j, depth);
+/// A panel of N vectors of columns: it stays in L1 while all rows of A pass by.
+template <int N>
+GATEDELTA_KERNEL void product_panel(const Product& p, int64_t j, bool lower) {
+  const auto depth = [&](int64_t last) { return lower && last < p.depth ? last : p.depth; };
+  int64_t i = 0;
+  for (; i + tile_rows <= p.m; i += tile_rows) product_tile<tile_rows, N>(p, i, j, depth(i + tile_rows));
+  if constexpr (tile_rows > 4)
+    for (; i + 4 <= p.m; i += 4) product_tile<4, N>(p, i, j, depth(i + 4));
+  for (; i + 2 <= p.m; i += 2) product_tile<2, N>(p, i, j, depth(i + 2));
+  for (; i < p.m; ++i) product_tile<1, N>(p, i, j, depth(i + 1));
 }
 
 /// `lower`: A is lower triangular (zeros above the diagonal are stored), so the tile of rows i.. needs no depth past its last
 /// row.
 inline void multiply(const Product& p, bool lower = false) {
-  int64_t i = 0;
-  const auto depth = [&](int64_t last) { return lower && last < p.depth ? last : p.depth; };
-  for (; i + tile_rows <= p.m; i += tile_rows) product_rows<tile_rows>(p, i, depth(i + tile_rows));
-  if constexpr (tile_rows > 4)
-    for (; i + 4 <= p.m; i += 4) product_rows<4>(p, i, depth(i + 4));
-  for (; i + 2 <= p.m; i += 2) product_rows<2>(p, i, depth(i + 2));
-  for (; i < p.m; ++i) product_rows<1>(p, i, depth(i + 1));
+  int64_t j = 0;
+  for (; j + tile_vectors * W <= p.n; j += tile_vectors * W) product_panel<tile_vectors>(p, j, lower);
+  if constexpr (tile_vectors == 4)
+    for (; j + 2 * W <= p.n; j += 2 * W) product_panel<2>(p, j, lower);
+  for (; j < p.n; j += W) product_panel<1>(p, j, lower);
 }
 
 }  // namespace
