@@ -12,6 +12,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "backends/cpu/kernels.hpp"
 #include "core/builtin_backends.hpp"
@@ -33,11 +36,10 @@ static_assert(static_cast<int>(Element::f32) == static_cast<int>(DType::f32) &&
               static_cast<int>(Element::f16) == static_cast<int>(DType::f16) &&
               static_cast<int>(Element::bf16) == static_cast<int>(DType::bf16));
 
-// From here on, rows of no more tokens than this take the recurrence by rows, where the state's keys are contiguous.
-// Measured: the chunkwise form is faster from about this length on (docs/BENCHMARKING.md).
-constexpr std::int64_t longest_step = max_step_tokens;
 // Blocks of value rows below this cost more in repeated work on keys and queries than they gain in threads.
 constexpr std::int64_t smallest_block = 16;
+// Elements of state times tokens below which another thread costs more than it brings (starting one takes about 2 us).
+constexpr std::int64_t smallest_share = 8192;
 
 struct Variant {
   const Kernels* kernels;
@@ -49,7 +51,9 @@ std::vector<Variant> variants() {
   std::vector<Variant> out;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);  // not a name clang 14 knows
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
@@ -182,12 +186,15 @@ struct Split {
   std::int64_t tasks;
 };
 
-Split split(const Problem& problem) {
+/// `tokens` is the sum over the rows.
+Split split(const Problem& problem, std::int64_t tokens) {
   const Config& config = problem.config;
   Split out{1, 1, config.value_dim, problem.rows * config.heads()};
 #if defined(_OPENMP)
   out.threads = config.num_threads > 0 ? config.num_threads : omp_get_max_threads();
 #endif
+  const std::int64_t work = config.heads() * config.value_dim * config.key_dim * tokens;
+  out.threads = static_cast<int>(std::clamp<std::int64_t>(work / smallest_share, 1, out.threads));
   const std::int64_t heads = out.tasks;
   while (heads > 0 && out.tasks % out.threads != 0 && out.tasks < 4 * out.threads &&
          (config.value_dim + out.blocks) / (out.blocks + 1) >= smallest_block) {
@@ -239,7 +246,7 @@ class CpuBackend final : public Backend {
 
  private:
   void run_task(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task, char* scratch) const;
-  static bool by_chunks(const Call& call, std::int64_t tokens);
+  bool by_chunks(const Call& call, std::int64_t tokens) const;
 
   const Kernels* kernels_ = nullptr;
   std::string problem_;
@@ -247,19 +254,22 @@ class CpuBackend final : public Backend {
 };
 
 /// Depends on nothing but the row's own length and the call's layout, so that a row's result does not change with the batch.
-bool CpuBackend::by_chunks(const Call& call, std::int64_t tokens) {
+bool CpuBackend::by_chunks(const Call& call, std::int64_t tokens) const {
   const TensorView& snapshots = call.arguments->snapshots;
   const TensorView& state = call.state_read.defined() ? call.state_read : call.state_write;
   const TensorView& shown = state.defined() ? state : snapshots;
   if (shown.defined() && std::abs(shown.strides[shown.rank - 2]) < std::abs(shown.strides[shown.rank - 1])) return true;
-  return tokens > longest_step && !call.problem.store_tokens && !call.problem.snapshots;
+  return tokens >= kernels_->chunks_from && !call.problem.store_tokens && !call.problem.snapshots;
 }
 
 void CpuBackend::forward(const Call& call) {
   const HostRows rows(call);
-  const Split plan = split(call.problem);
-  std::int64_t longest = 0;
-  for (const HostRow& row : rows.rows()) longest = std::max(longest, row.tokens);
+  std::int64_t longest = 0, tokens = 0;
+  for (const HostRow& row : rows.rows()) {
+    longest = std::max(longest, row.tokens);
+    tokens += row.padding ? 0 : std::max<std::int64_t>(row.tokens, 1);
+  }
+  const Split plan = split(call.problem, tokens);
   // Of a task: the kernels' scratch, then log decay, beta and token targets of its tokens.
   const std::int64_t kernel_bytes = kernels_->scratch_bytes(call.problem.config.key_dim, plan.block_rows);
   const std::int64_t task_bytes = kernel_bytes + (3 * 8 * longest + 63) / 64 * 64;
@@ -272,7 +282,7 @@ void CpuBackend::forward(const Call& call) {
 #if defined(_OPENMP)
   if (plan.threads > 1) {
     // Short rows cost the same: neighbours in memory stay with one thread. Long ones may differ in length.
-    const std::int64_t piece = longest > longest_step ? 1 : (plan.tasks + plan.threads - 1) / plan.threads;
+    const std::int64_t piece = longest > max_step_tokens ? 1 : (plan.tasks + plan.threads - 1) / plan.threads;
 #pragma omp parallel for schedule(dynamic, piece) num_threads(plan.threads)
     for (std::int64_t task = 0; task < plan.tasks; ++task) run(task, omp_get_thread_num());
     return;

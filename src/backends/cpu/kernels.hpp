@@ -51,6 +51,8 @@ struct Kernels {
   /// The chunkwise form (WY representation) on the transposed state: matrix products. Best for many tokens, and for states
   /// whose values are contiguous.
   void (*chunks)(const HeadWork& work);
+  /// Sequences of at least this many tokens are faster by chunks. Measured for each variant with K = V = 128.
+  int64_t chunks_from;
   /// Multiply-add instructions on all lanes, as fast as they go; returns the flops done. For measuring the machine.
 };
 

@@ -205,7 +205,7 @@ constexpr int tile_rows = 6, tile_vectors = 4;
 #elif defined(__AVX2__)
 constexpr int tile_rows = 6, tile_vectors = 2;
 #else
-constexpr int tile_rows = 4, tile_vectors = 2;
+constexpr int tile_rows = 3, tile_vectors = 4;
 #endif
 
 template <int M, int N>

@@ -13,7 +13,15 @@ int64_t scratch_bytes(int64_t key_dim, int64_t rows) {
   return round_up(a > b ? a : b, 64);
 }
 
-constexpr Kernels table{GATEDELTA_STRING(GATEDELTA_VARIANT), scratch_bytes, step, chunks};
+#if defined(__AVX512F__)
+constexpr int64_t chunks_from = 128;
+#elif defined(__AVX2__)
+constexpr int64_t chunks_from = 48;
+#else
+constexpr int64_t chunks_from = INT64_MAX;  // without fused multiply-adds the recurrence always has fewer instructions
+#endif
+
+constexpr Kernels table{GATEDELTA_STRING(GATEDELTA_VARIANT), scratch_bytes, step, chunks, chunks_from};
 
 }  // namespace
 
