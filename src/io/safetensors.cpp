@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "io/safetensors.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cerrno>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <limits>
@@ -18,6 +15,7 @@
 #include <set>
 
 #include "gatedelta/error.hpp"
+#include "io/pending_file.hpp"
 
 static_assert(std::endian::native == std::endian::little, "safetensors files are little-endian");
 
@@ -247,47 +245,6 @@ std::string read_header(std::ifstream& in, std::uint64_t file_size) {
     fail("the header is not valid JSON (at its byte " + std::to_string(zero + 1) + ")");
   return header;
 }
-
-/// A file that is there under a name of its own until it is complete.
-class PendingFile {
- public:
-  explicit PendingFile(const fs::path& target) : target_(target) {
-    std::error_code ignored;
-    if (fs::is_directory(target, ignored)) fail("is a directory");
-    if (fs::exists(target, ignored)) {
-      // Renaming would put a plain file in the place of a device or pipe.
-      if (!fs::is_regular_file(target, ignored)) fail("is not a regular file");
-      if (fs::is_symlink(target, ignored)) target_ = fs::canonical(target, ignored);
-    }
-    const fs::path folder = target_.parent_path();
-    for (int attempt = 0; file_ == nullptr; ++attempt) {
-      temporary_ = folder / (".gatedelta-" + std::to_string(getpid()) + "-" + std::to_string(attempt) + ".tmp");
-      file_ = std::fopen(temporary_.c_str(), "wbx");
-      if (file_ == nullptr && (errno != EEXIST || attempt == 100)) fail(error_text(errno));
-    }
-  }
-  PendingFile(const PendingFile&) = delete;
-  PendingFile& operator=(const PendingFile&) = delete;
-  ~PendingFile() {
-    if (file_) std::fclose(file_);
-    if (!committed_) std::remove(temporary_.c_str());
-  }
-
-  void write(const void* data, std::size_t size) {
-    if (size > 0 && std::fwrite(data, 1, size, file_) != size) fail(error_text(errno));
-  }
-
-  void commit() {
-    const bool closed = std::fclose(std::exchange(file_, nullptr)) == 0;
-    if (!closed || std::rename(temporary_.c_str(), target_.c_str()) != 0) fail(error_text(errno));
-    committed_ = true;
-  }
-
- private:
-  fs::path target_, temporary_;
-  std::FILE* file_ = nullptr;
-  bool committed_ = false;
-};
 
 /// Writes dimensions `dim` and up, row-major.
 void write_elements(PendingFile& file, const TensorView& tensor, int dim, const char* data, std::vector<char>& line) {

@@ -29,6 +29,7 @@ int run(int argc, char** argv) {
   app.set_version_flag("--version", gatedelta::version());
   gatedelta::tool::add_info_command(app);
   gatedelta::tool::add_run_command(app);
+  gatedelta::tool::add_bench_command(app);
   try {
     app.parse(argc, argv);  // runs the command
     if (app.get_subcommands().empty()) throw CLI::RequiredError("A subcommand");

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "platform.hpp"
+
+namespace gatedelta::bench {
+
+/// Times of one call, in seconds.
+class Timing {
+ public:
+  Timing() = default;
+  explicit Timing(std::vector<double> seconds);  ///< at least one
+
+  int repetitions() const { return static_cast<int>(sorted_.size()); }
+  double median() const { return quantile(0.5); }
+  double quantile(double share) const;
+
+ private:
+  std::vector<double> sorted_;
+};
+
+struct Effort {
+  double min_seconds = 0.5;  ///< for each subject; 15 repetitions at least, unless these take more than ten times as long
+  int repetitions = 0;       ///< a fixed number instead
+  bool warm = false;         ///< before each repetition a call that does not count
+};
+
+struct Measurement {
+  std::vector<Timing> timings;          ///< of each subject
+  double interruptions_per_second = 0;  ///< see Platform::interruptions()
+};
+
+/// Measures the subjects in one run of Google Benchmark with their repetitions in random order, so that a slow moment of the
+/// machine falls on all of them alike. A repetition of a short call is the mean over about a millisecond of calls.
+Measurement measure(Platform& platform, const std::vector<std::function<void()>>& subjects, const Effort& effort);
+
+}  // namespace gatedelta::bench

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "gatedelta/tensor.hpp"
+
+namespace gatedelta::bench {
+
+/// Nearly normal random numbers (the sum of four uniform ones) that depend on the seed and the index alone.
+struct Normal {
+  std::uint64_t seed = 0;
+  float mean = 0;
+  float deviation = 1;
+
+  float operator()(std::uint64_t index) const noexcept {
+    std::uint64_t z = seed * 0xd1342543de82ef95u + (index + 1) * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    const std::uint64_t sum = (z & 0xffff) + ((z >> 16) & 0xffff) + ((z >> 32) & 0xffff) + (z >> 48);
+    // The sum has mean 2 * 65535 and a variance of 4/12 * 65536^2.
+    return mean + deviation * (static_cast<float>(sum) - 131070.0f) * (1.7320508f / 65536.0f);
+  }
+};
+
+/// The machine side of a benchmark: memory, clock and limits of one kind of device. A backend for another device brings its
+/// own; the workloads, the harness and the tool do not know the difference.
+class Platform {
+ public:
+  Platform() = default;
+  Platform(const Platform&) = delete;
+  Platform& operator=(const Platform&) = delete;
+  virtual ~Platform() = default;
+
+  virtual Device device() const = 0;
+  /// The name of the hardware.
+  virtual std::string description() const = 0;
+  /// All last-level caches together; what is not rotated through more than this may still be in cache.
+  virtual double cache_bytes() const = 0;
+  /// Memory that can still be allocated.
+  virtual double free_bytes() const = 0;
+  /// Threads that a call uses if it is not told.
+  virtual int default_threads() const = 0;
+
+  /// Aligned to 64 bytes at least. The allocation of an ordinary program: no huge pages, no pinning.
+  virtual std::shared_ptr<void> allocate(std::size_t bytes) = 0;
+  /// Fills a dense floating-point tensor.
+  virtual void fill(const TensorView& dense, const Normal& numbers, int threads) = 0;
+  virtual void copy_from_host(void* to, const void* from, std::size_t bytes) = 0;
+  /// Within the device. Like fill(), on the host it shares the work such that each thread first touches its part.
+  virtual void copy(void* to, const void* from, std::size_t bytes, int threads) = 0;
+
+  /// The time of `calls` calls one after the other, until all of their work is done.
+  virtual double seconds(int calls, const std::function<void()>& call) = 0;
+
+  /// How often, so far, this process lost a processor to another one.
+  virtual std::int64_t interruptions() const = 0;
+
+  /// Reads and writes the bytes once, in place; the values stay as they are.
+  virtual void read_modify_write(void* data, std::size_t bytes, int threads) = 0;
+  /// The best float32 multiply-add rate out of registers that a few short loops reach, in FLOP/s.
+  virtual double measure_peak_flops(int threads) = 0;
+  /// The instruction set of the limits.
+  virtual std::string limit_description() const = 0;
+};
+
+std::unique_ptr<Platform> make_host_platform();
+
+}  // namespace gatedelta::bench

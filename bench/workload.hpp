@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "gatedelta/operator.hpp"
+#include "platform.hpp"
+
+namespace gatedelta::bench {
+
+enum class Op : std::uint8_t { decode, verify, prefill };
+std::string_view name_of(Op op) noexcept;
+
+/// One call to be timed. The three operations are the same call of the operator; they differ in the limit that counts.
+struct Case {
+  Op op = Op::decode;
+  std::int64_t batch = 1;
+  std::int64_t tokens = 1;
+  std::int64_t q_heads = 16;  ///< also the key heads
+  std::int64_t v_heads = 32;
+  std::int64_t key_dim = 128;
+  std::int64_t value_dim = 128;
+  DType dtype = DType::bf16;  ///< of q, k, v, o, a and b; A_log and dt_bias are f32
+  DType state_dtype = DType::f32;
+  bool value_last = false;  ///< state storage [slots,H,K,V] instead of [slots,H,V,K]
+  bool warm = false;        ///< always the same state, so that it may stay in cache
+  int threads = 1;
+
+  Config config() const;
+  std::size_t state_bytes() const;
+  /// The usual count: 7 operations for each token and each element of a head's state.
+  double flops() const;
+};
+
+/// How many copies of a case's memory the calls rotate through.
+struct Rotation {
+  std::size_t instance_bytes = 0;
+  int instances = 1;
+  bool cold = false;  ///< all copies together are more than 4 times the last-level cache
+};
+
+/// Throws Error(out_of_memory) if not even one copy fits.
+Rotation plan_rotation(const Case& item, const Platform& platform, double max_bytes);
+
+/// The arguments of a case without memory behind them: for the questions that shapes and dtypes answer.
+Arguments shapes_of(const Case& item, Device device);
+
+/// The memory of a case, filled with random numbers of realistic size: decays mostly in 0.9 to 1, states that stay bounded.
+class Workload {
+ public:
+  Workload(const Case& item, Platform& platform, const Rotation& rotation);
+
+  /// The arguments of the next instance. Whoever calls, kernel or limit, takes the one that was left alone the longest.
+  const Arguments& next();
+
+ private:
+  std::vector<std::shared_ptr<void>> memory_;
+  std::vector<Arguments> instances_;
+  std::size_t position_ = 0;
+};
+
+}  // namespace gatedelta::bench

@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/chrono.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
+#include <cstdio>
+#include <ctime>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "gatedelta/gatedelta.hpp"
+#include "harness.hpp"
+#include "io/pending_file.hpp"
+#include "platform.hpp"
+#include "tool/commands.hpp"
+#include "workload.hpp"
+
+namespace gatedelta::tool {
+namespace {
+
+using bench::Case;
+using bench::Op;
+using bench::Timing;
+using nlohmann::ordered_json;
+
+[[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::invalid_argument, message); }
+
+struct Options {
+  std::string op;
+  std::vector<std::string> backends{""};
+  std::vector<std::int64_t> batches, tokens;
+  std::string heads = "16/32";
+  std::int64_t key_dim = 128, value_dim = 0;
+  std::vector<std::string> dtypes{"bf16"}, states{"f32"};
+  std::string layout = "vk";
+  std::vector<int> threads;
+  bool warm = false;
+  bench::Effort effort;
+  double max_memory_mib = 3072;
+  std::string json;
+};
+
+DType dtype_of(const std::string& option, const std::string& name) {
+  const std::optional<DType> dtype = dtype_from_name(name);
+  if (!dtype || !is_floating(*dtype)) fail(option + ": expected f32, f16 or bf16, got \"" + name + "\"");
+  return *dtype;
+}
+
+/// "16/32" or "16": query (and key) heads, value heads.
+void parse_heads(const std::string& text, Case& item) {
+  const auto count = [&](std::string_view digits) {
+    std::int64_t value = 0;
+    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
+    if (error != std::errc{} || end != digits.data() + digits.size() || value < 1 || value > 512)
+      fail("--heads: expected query/value heads of 1 to 512 each, like 16/32, got \"" + text + "\"");
+    return value;
+  };
+  const std::string_view all = text;
+  const std::size_t slash = all.find('/');
+  item.q_heads = count(all.substr(0, slash));
+  item.v_heads = slash == std::string_view::npos ? item.q_heads : count(all.substr(slash + 1));
+}
+
+/// What to run when no operation is named: the rows by which the CPU backend is judged.
+std::vector<Case> default_cases(const Case& base) {
+  std::vector<Case> out;
+  const auto add = [&](Op op, std::int64_t batch, std::int64_t tokens, DType dtype, DType state, bool warm) {
+    Case item = base;
+    item.op = op;
+    item.batch = batch;
+    item.tokens = tokens;
+    item.dtype = dtype;
+    item.state_dtype = state;
+    item.warm = warm;
+    out.push_back(item);
+  };
+  for (const DType state : {DType::f32, DType::bf16, DType::f16}) add(Op::decode, 16, 1, DType::bf16, state, false);
+  add(Op::decode, 1, 1, DType::bf16, DType::f32, true);
+  for (const std::int64_t tokens : {4, 8}) add(Op::verify, 16, tokens, DType::bf16, DType::f32, false);
+  for (const DType dtype : {DType::f32, DType::bf16}) add(Op::prefill, 1, 2048, dtype, DType::f32, false);
+  return out;
+}
+
+std::vector<Case> named_cases(const Options& options, const Case& base) {
+  const Op op = options.op == "decode" ? Op::decode : options.op == "verify" ? Op::verify : Op::prefill;
+  std::vector<std::int64_t> batches = options.batches, tokens = options.tokens;
+  if (batches.empty()) batches = {op == Op::prefill ? 1 : 16};
+  if (tokens.empty() && op == Op::decode) tokens = {1};
+  if (tokens.empty() && op == Op::verify) tokens = {4, 8};
+  if (tokens.empty() && op == Op::prefill) tokens = {2048};
+  if (op == Op::decode && tokens != std::vector<std::int64_t>{1})
+    fail("--tokens: decode has 1 token a call, use --op verify or prefill for more");
+  std::vector<Case> out;
+  for (const std::string& state : options.states)
+    for (const std::string& dtype : options.dtypes)
+      for (const std::int64_t batch : batches)
+        for (const std::int64_t count : tokens) {
+          Case item = base;
+          item.op = op;
+          item.batch = batch;
+          item.tokens = count;
+          item.dtype = dtype_of("--dtype", dtype);
+          item.state_dtype = dtype_of("--state", state);
+          item.warm = options.warm;
+          out.push_back(item);
+        }
+  return out;
+}
+
+std::vector<Case> cases_of(const Options& options, const bench::Platform& platform) {
+  Case base;
+  parse_heads(options.heads, base);
+  base.key_dim = options.key_dim;
+  base.value_dim = options.value_dim > 0 ? options.value_dim : options.key_dim;
+  base.value_last = options.layout == "kv";
+  std::vector<int> threads = options.threads;
+  if (threads.empty()) threads = {platform.default_threads()};
+  std::vector<Case> out;
+  for (Case& item : options.op.empty() ? default_cases(base) : named_cases(options, base))
+    for (const int count : threads) {
+      item.threads = count;
+      out.push_back(item);
+    }
+  return out;
+}
+
+/// Written at once and completely, or not at all. Without text: finds out whether that is possible.
+void save(const std::string& path, const std::string& text) {
+  if (path.empty()) return;
+  try {
+    io::PendingFile file(path);
+    file.write(text.data(), text.size());
+    if (!text.empty()) file.commit();
+  } catch (const Error& error) {
+    fail("--json: " + path + " cannot be written: " + error.what());
+  }
+}
+
+/// A line on a terminal that the next one overwrites; silent in a pipe.
+class Progress {
+ public:
+  void show(const std::string& text) const {
+    if (terminal_) fmt::print(stderr, "\r{}\x1b[K", text);
+  }
+  void clear() const { show(""); }
+
+ private:
+  bool terminal_ = isatty(STDERR_FILENO) != 0;
+};
+
+struct Job {
+  Case item;
+  std::vector<Backend*> backends;
+  bench::Rotation rotation;
+};
+
+/// Everything that can be wrong is found here, before the first measurement.
+std::vector<Job> plan(const Options& options, const bench::Platform& platform) {
+  std::vector<Job> jobs;
+  for (const Case& item : cases_of(options, platform)) {
+    Job job{item, {}, {}};
+    const Arguments shapes = bench::shapes_of(item, platform.device());
+    for (const std::string& name : options.backends)
+      job.backends.push_back(&GatedDeltaRule(item.config(), name).backend_for(shapes));
+    job.rotation = bench::plan_rotation(item, platform, options.max_memory_mib * 1048576);
+    jobs.push_back(std::move(job));
+  }
+  return jobs;
+}
+
+/// What the machine could do a case in, in seconds.
+struct Limit {
+  const Timing& memory;  ///< to read and write the state once
+  double interruptions_per_second = 0;
+  double peak_flops = 0;  ///< 0: not a matter of arithmetic
+  double arithmetic = 0;
+
+  double seconds() const { return std::max(memory.median(), arithmetic); }
+  const char* bound() const { return memory.median() >= arithmetic ? "memory" : "arithmetic"; }
+};
+
+struct Result {
+  const Case& item;
+  const Backend& backend;
+  const bench::Rotation& rotation;
+  const Timing& timing;
+  const Limit& limit;
+
+  double gigabytes() const { return 2e-9 * static_cast<double>(item.state_bytes()) / timing.median(); }
+  double gigaflops() const { return 1e-9 * item.flops() / timing.median(); }
+  /// Something else was running: the calls were interrupted often, or the times of the limit itself lie far apart.
+  bool noisy() const {
+    return limit.interruptions_per_second > 20 || limit.memory.quantile(0.9) > 2 * limit.memory.quantile(0.1);
+  }
+  double ratio() const { return limit.seconds() / timing.median(); }
+  const char* cache() const { return item.warm ? "warm" : rotation.cold ? "cold" : "mixed"; }
+};
+
+void print_head() {
+  fmt::print("{:<10} {:<8} {:>5} {:>6} {:>7} {:>9} {:>5} {:>8} {:>6} {:>4} {:>11} {:>8} {:>8} {:>11} {:>6}  {}\n", "backend",
+             "op", "B", "T", "heads", "KxV", "io", "state", "cache", "thr", "median us", "GB/s", "GFLOP/s", "limit us", "ratio",
+             "p10..p90 us");
+}
+
+void print_row(const Result& row) {
+  const Case& item = row.item;
+  fmt::print(
+      "{:<10} {:<8} {:>5} {:>6} {:>7} {:>9} {:>5} {:>8} {:>6} {:>4} {:>11.1f} {:>8.2f} {:>8.2f} {:>11.1f} {:>6.3f}{} "
+      "{:.1f}..{:.1f}\n",
+      row.backend.name(), name_of(item.op), item.batch, item.tokens, fmt::format("{}/{}", item.q_heads, item.v_heads),
+      fmt::format("{}x{}", item.key_dim, item.value_dim), name_of(item.dtype),
+      fmt::format("{}{}", name_of(item.state_dtype), item.value_last ? " kv" : ""), row.cache(), item.threads,
+      row.timing.median() * 1e6, row.gigabytes(), row.gigaflops(), row.limit.seconds() * 1e6, row.ratio(),
+      row.noisy() ? '!' : ' ', row.timing.quantile(0.1) * 1e6, row.timing.quantile(0.9) * 1e6);
+  std::fflush(stdout);
+}
+
+ordered_json json_of(const Result& row, const bench::Platform& platform, const std::string& date) {
+  const Case& item = row.item;
+  return {{"backend", row.backend.name()},
+          {"device", name_of(platform.device())},
+          {"op", name_of(item.op)},
+          {"batch", item.batch},
+          {"tokens", item.tokens},
+          {"q_heads", item.q_heads},
+          {"v_heads", item.v_heads},
+          {"key_dim", item.key_dim},
+          {"value_dim", item.value_dim},
+          {"dtype", name_of(item.dtype)},
+          {"state_dtype", name_of(item.state_dtype)},
+          {"median_us", row.timing.median() * 1e6},
+          {"limit_us", row.limit.seconds() * 1e6},
+          {"ratio", row.ratio()},
+          {"threads", item.threads},
+          {"layout", item.value_last ? "kv" : "vk"},
+          {"cache", row.cache()},
+          {"instances", row.rotation.instances},
+          {"instance_bytes", row.rotation.instance_bytes},
+          {"noisy", row.noisy()},
+          {"interruptions_per_second", row.limit.interruptions_per_second},
+          {"bound", row.limit.bound()},
+          {"memory_limit_us", row.limit.memory.median() * 1e6},
+          {"memory_limit_p10_us", row.limit.memory.quantile(0.1) * 1e6},
+          {"memory_limit_p90_us", row.limit.memory.quantile(0.9) * 1e6},
+          {"peak_gflops", row.limit.peak_flops * 1e-9},
+          {"gbps", row.gigabytes()},
+          {"gflops", row.gigaflops()},
+          {"min_us", row.timing.quantile(0) * 1e6},
+          {"p10_us", row.timing.quantile(0.1) * 1e6},
+          {"p90_us", row.timing.quantile(0.9) * 1e6},
+          {"max_us", row.timing.quantile(1) * 1e6},
+          {"repetitions", row.timing.repetitions()},
+          {"description", row.backend.description()},
+          {"hardware", platform.description()},
+          {"limit_variant", platform.limit_description()},
+          {"version", version()},
+          {"date", date}};
+}
+
+void run(const Options& options) {
+  const std::unique_ptr<bench::Platform> platform = bench::make_host_platform();
+  const std::vector<Job> jobs = plan(options, *platform);
+  save(options.json, {});  // before the run, not after minutes
+  const std::string date = fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)));
+  const Progress progress;
+
+  fmt::print("{}; last-level cache {:.0f} MiB; limits use {}\n", platform->description(), platform->cache_bytes() / 1048576,
+             platform->limit_description());
+  print_head();
+  ordered_json results = ordered_json::array();
+  std::map<int, double> peak_flops;  // by threads
+  for (std::size_t i = 0; i < jobs.size(); ++i) {
+    const Job& job = jobs[i];
+    const Case& item = job.item;
+    progress.show(fmt::format("[{}/{}] {} B={} T={} {} state, {} threads, {} x {:.0f} MiB", i + 1, jobs.size(),
+                              name_of(item.op), item.batch, item.tokens, name_of(item.state_dtype), item.threads,
+                              job.rotation.instances, static_cast<double>(job.rotation.instance_bytes) / 1048576));
+    bench::Workload workload(item, *platform, job.rotation);
+    std::vector<std::function<void()>> subjects;
+    for (Backend* backend : job.backends)
+      subjects.emplace_back([&workload, rule = GatedDeltaRule(item.config(), *backend)] { rule.forward(workload.next()); });
+    subjects.emplace_back([&] { platform->read_modify_write(workload.next().state.data, item.state_bytes(), item.threads); });
+    bench::Effort effort = options.effort;
+    effort.warm = item.warm;
+    const bench::Measurement measured = bench::measure(*platform, subjects, effort);
+
+    Limit limit{measured.timings.back(), measured.interruptions_per_second};
+    if (item.op != Op::decode) {
+      const auto [peak, missing] = peak_flops.try_emplace(item.threads);
+      if (missing) peak->second = platform->measure_peak_flops(item.threads);
+      limit.peak_flops = peak->second;
+      limit.arithmetic = item.flops() / limit.peak_flops;
+    }
+    progress.clear();
+    for (std::size_t b = 0; b < job.backends.size(); ++b) {
+      const Result row{item, *job.backends[b], job.rotation, measured.timings[b], limit};
+      print_row(row);
+      results.push_back(json_of(row, *platform, date));
+    }
+  }
+  save(options.json, results.dump(1) + "\n");
+}
+
+}  // namespace
+
+void add_bench_command(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("bench", "Time backends against the limits of the machine");
+  CLI::Option* op = command->add_option("--op", options->op, "decode, verify or prefill; without it a default set of rows")
+                        ->check(CLI::IsMember({"decode", "verify", "prefill"}));
+  command->add_option("--backend", options->backends, "backends, or auto")->delimiter(',');
+  // The bounds keep every product of sizes within 64 bits.
+  command->add_option("--batch", options->batches, "sequences: 1,8,64")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 1 << 17))
+      ->needs(op);
+  command->add_option("--tokens", options->tokens, "tokens of each sequence")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 1 << 20))
+      ->needs(op);
+  command->add_option("--heads", options->heads, "query/value heads; there are as many key as query heads")
+      ->capture_default_str();
+  command->add_option("--dim", options->key_dim, "key width K")->capture_default_str()->check(CLI::Range(1, 4096));
+  command->add_option("--value-dim", options->value_dim, "value width V; K if not given")->check(CLI::Range(1, 4096));
+  command->add_option("--dtype", options->dtypes, "of q, k, v, o and the gates: f32, f16, bf16")
+      ->capture_default_str()
+      ->delimiter(',')
+      ->needs(op);
+  command->add_option("--state", options->states, "dtype of the state: f32, f16, bf16")
+      ->capture_default_str()
+      ->delimiter(',')
+      ->needs(op);
+  command->add_option("--layout", options->layout, "of the state: vk (K last) or kv (V last)")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"vk", "kv"}));
+  command->add_option("--threads", options->threads, "threads: 1,2; all if not given")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 1024));
+  command->add_flag("--warm", options->warm, "use one state only, so that it stays in cache")->needs(op);
+  command->add_option("--min-time", options->effort.min_seconds, "seconds of measurement for each row")
+      ->capture_default_str()
+      ->check(CLI::Range(0.001, 600.0));
+  command->add_option("--repetitions,--repeats", options->effort.repetitions, "fixed number of repetitions instead")
+      ->check(CLI::Range(1, 100000));
+  command->add_option("--max-memory", options->max_memory_mib, "MiB that the rotated states may take")
+      ->capture_default_str()
+      ->check(CLI::Range(1.0, 1048576.0));
+  command->add_option("--json", options->json, "write the results to this file");
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace gatedelta::tool
