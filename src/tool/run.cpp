@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // gatedelta run: one call of the operator on the tensors of a file.
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
 #include <cstdint>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -42,14 +43,17 @@ struct HostTensor {
   TensorView view;
 };
 
+std::int64_t physical_memory() {
+  return static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::int64_t>(sysconf(_SC_PAGESIZE));
+}
+
 HostTensor make_tensor(const char* name, DType dtype, const std::vector<std::int64_t>& shape) {
-  std::int64_t count = 1;
+  auto bytes = static_cast<std::int64_t>(size_of(dtype));
   bool fits = true;
-  for (const std::int64_t size : shape) fits = fits && !__builtin_mul_overflow(count, std::max<std::int64_t>(size, 1), &count);
-  fits = fits && count <= std::numeric_limits<std::int64_t>::max() / 8;
+  for (const std::int64_t size : shape) fits = fits && !__builtin_mul_overflow(bytes, std::max<std::int64_t>(size, 1), &bytes);
   HostTensor tensor;
-  // Pages that the call does not write are never there, so calloc rather than a vector.
-  if (fits) tensor.memory.reset(std::calloc(static_cast<std::size_t>(count), size_of(dtype)));
+  // The system may promise more memory than it has and end the program later: ask for no more than there is.
+  if (fits && bytes <= physical_memory()) tensor.memory.reset(std::calloc(static_cast<std::size_t>(bytes), 1));
   if (!tensor.memory) throw Error(ErrorCode::out_of_memory, std::string(name) + ": the output does not fit in memory");
   tensor.view = make_view(tensor.memory.get(), dtype, shape);
   return tensor;
