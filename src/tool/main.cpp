@@ -30,11 +30,14 @@ int run(int argc, char** argv) {
   gatedelta::tool::add_info_command(app);
   gatedelta::tool::add_run_command(app);
   gatedelta::tool::add_bench_command(app);
+  gatedelta::tool::add_check_command(app);
   try {
     app.parse(argc, argv);  // runs the command
     if (app.get_subcommands().empty()) throw CLI::RequiredError("A subcommand");
   } catch (const CLI::Success& request) {
     app.exit(request);  // --help, --version
+  } catch (const CLI::RuntimeError& result) {
+    return result.get_exit_code();  // of a command that ran, and has said what it found
   } catch (const CLI::ParseError& error) {
     return fail(std::string(error.what()) + " (--help lists what there is)");
   }

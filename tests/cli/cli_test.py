@@ -242,6 +242,32 @@ class Info(ToolTest):
         self.assertRegex(done.stderr, r"\Agatedelta: [^\n]+\n\Z")
 
 
+class Check(ToolTest):
+    def test_agreement(self):
+        done = self.call("check", "--cases", "20", "--seed", "3", "--threads", "1")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(done.stdout, "check: auto against reference: 20 passed, 0 failed, 0 skipped\n")
+        done = self.call("check", "--backend", "reference", "--against", "reference", "--case", "7")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(done.stdout, "check: reference against reference: 1 passed, 0 failed, 0 skipped\n")
+
+    def test_bad_usage(self):
+        for args, cause in (
+            (["--backend", "nonesuch"], "expected auto or one of"),
+            (["--against", "nonesuch"], "expected auto or one of"),
+            (["--cases", "0"], "--cases: expected at least 1, got 0"),
+            (["--cases", "x"], "--cases"),
+            (["--case", "-1"], "--case: expected at least 0, got -1"),
+            (["--threads", "-1"], "--threads: expected at least 0, got -1"),
+            (["--nonesuch"], "--nonesuch"),
+        ):
+            with self.subTest(args=args):
+                done = self.call("check", *args)
+                self.assertEqual((done.returncode, done.stdout), (2, ""))
+                self.assertEqual(done.stderr.count("\n"), 1)
+                self.assertIn(cause, done.stderr)
+
+
 class Golden(ToolTest):
     """On inputs of a trained model, for every backend that is available."""
 
