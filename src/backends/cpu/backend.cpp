@@ -322,6 +322,9 @@ void CpuBackend::run_task(const Call& call, const HostRows& rows, const Split& p
   if (row.source) work.source = matrix(*row.source, address(*row.source, row.source_slot, h, first_value), 2, 3);
   if (target) work.target = matrix(to, target, 2, 3);
 
+  const auto dense = [](const TensorView& tensor) { return !tensor.defined() || tensor.strides[3] == 1; };
+  work.dense_rows = dense(call.state_read) && dense(to) && config.value_dim % 4 == 0;
+
   auto* log_decay = reinterpret_cast<double*>(scratch);
   double* beta = log_decay + row.tokens;
   const Gates gates(call, h);

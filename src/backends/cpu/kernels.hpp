@@ -32,6 +32,9 @@ struct HeadWork {
   const double* beta = nullptr;       ///< [T]
   Matrix source;                      ///< [rows, K]; no data: the zero state
   Matrix target;                      ///< [rows, K], after the last token; no data: not stored
+  /// The keys of source and target are contiguous, and the whole head has a multiple of 4 rows. A property of the call, not of
+  /// this block: which path a row takes must not depend on how the head is split.
+  bool dense_rows = false;
   /// After each token: where the state goes in the pool (one address a token, null to skip, laid out like token_layout) ...
   char* const* token_targets = nullptr;
   Matrix token_layout;

@@ -72,72 +72,98 @@ struct Rows {
 };
 
 /// row_group rows times the key and the query, the next rows on their way into the cache. Rows of 16 bits are left widened
-/// in `wide`, [row_group][K].
+/// in `wide`, [row_group][K]. K is a multiple of 2 W, or (floats only) of W.
 template <class S>
 GATEDELTA_INLINE Sums multiply_group(const S* const* row, const float* key, const float* query, int64_t K, float* wide) {
   constexpr int64_t line = 64 / sizeof(S);
   vf with_key[row_group], with_query[row_group];
   GATEDELTA_UNROLL
   for (int g = 0; g < row_group; ++g) with_key[g] = with_query[g] = vf{};
+  const auto add = [&](int g, vf s, vf k, vf q) {
+    with_key[g] = fma(s, k, with_key[g]);
+    with_query[g] = fma(s, q, with_query[g]);
+  };
   for (int64_t begin = 0; begin < K; begin += line) {
     GATEDELTA_UNROLL
     for (int g = 0; g < row_group; ++g) __builtin_prefetch((const char*)(row[g] + begin) + prefetch_bytes);
-    for (int64_t i = begin; i < K && i < begin + line; i += W) {
-      const vf k = load(key + i), q = load(query + i);
-      GATEDELTA_UNROLL
-      for (int g = 0; g < row_group; ++g) {
-        const vf s = load(row[g] + i);
-        if constexpr (sizeof(S) != 4) store(wide + g * K + i, s);
-        with_key[g] = fma(s, k, with_key[g]);
-        with_query[g] = fma(s, q, with_query[g]);
+    if constexpr (sizeof(S) == 4) {
+      for (int64_t i = begin; i < K && i < begin + line; i += W) {
+        const vf k = load(key + i), q = load(query + i);
+        GATEDELTA_UNROLL
+        for (int g = 0; g < row_group; ++g) add(g, load(row[g] + i), k, q);
+      }
+    } else {
+      for (int64_t i = begin; i < K && i < begin + line; i += 2 * W) {
+        const vf k = load(key + i), q = load(query + i), next_k = load(key + i + W), next_q = load(query + i + W);
+        GATEDELTA_UNROLL
+        for (int g = 0; g < row_group; ++g) {
+          vf first, second;
+          load_pair(row[g] + i, first, second);
+          store(wide + g * K + i, first);
+          store(wide + g * K + i + W, second);
+          add(g, first, k, q);
+          add(g, second, next_k, next_q);
+        }
       }
     }
   }
   return reduce(with_key, with_query);
 }
 
-/// out = decay * row + u key for row_group rows.
-template <class S, class R>
-GATEDELTA_INLINE void update_group(const R* const* row, const float* key, float decay, v4 u, int64_t K, char* target,
+/// out = decay * row + u key for row_group rows, which are floats by now.
+template <class S>
+GATEDELTA_INLINE void update_group(const float* const* row, const float* key, float decay, v4 u, int64_t K, char* target,
                                    int64_t stride) {
   vf weight[row_group];
   GATEDELTA_UNROLL
   for (int g = 0; g < row_group; ++g) weight[g] = set1(u[g]);
   const vf d = set1(decay);
-  for (int64_t i = 0; i < K; i += W) {
-    const vf k = load(key + i);
-    GATEDELTA_UNROLL
-    for (int g = 0; g < row_group; ++g) store((S*)(target + g * stride) + i, fma(weight[g], k, d * load(row[g] + i)));
+  if constexpr (sizeof(S) == 4) {
+    for (int64_t i = 0; i < K; i += W) {
+      const vf k = load(key + i);
+      GATEDELTA_UNROLL
+      for (int g = 0; g < row_group; ++g) store((S*)(target + g * stride) + i, fma(weight[g], k, d * load(row[g] + i)));
+    }
+  } else {
+    for (int64_t i = 0; i < K; i += 2 * W) {
+      const vf k = load(key + i), next_k = load(key + i + W);
+      GATEDELTA_UNROLL
+      for (int g = 0; g < row_group; ++g)
+        store_pair((S*)(target + g * stride) + i, fma(weight[g], k, d * load(row[g] + i)),
+                   fma(weight[g], next_k, d * load(row[g] + i + W)));
+    }
   }
 }
 
-/// One token. `rows` is a multiple of row_group; `wide` holds two groups of rows.
+/// One token. `rows` is a multiple of row_group.
 template <class S, int64_t FixedK>
 GATEDELTA_KERNEL void step_one(const Window& window, const Rows& at, int64_t rows, int64_t padded_key, const float* v, float* o,
-                               float* wide) {
+                               float* scratch) {
   const int64_t K = FixedK ? FixedK : padded_key;
   const float decay = window.decay[0], beta = window.beta[0], mix = window.query_mix[0];
+  const float *key = window.keys, *query = window.queries;
+  float* wide = scratch;  // two groups of rows, 16-bit states only
+  if constexpr (sizeof(S) != 4) {
+    float* arranged = scratch + 2 * row_group * K;
+    arrange((const S*)nullptr, key, K, arranged);
+    arrange((const S*)nullptr, query, K, arranged + K);
+    key = arranged;
+    query = arranged + K;
+  }
   v4 last_u{};
   const auto update = [&](int64_t r, v4 u) {
-    char* target = at.target + r * at.target_stride;
-    if constexpr (sizeof(S) == 4) {
-      const float* row[row_group];
-      GATEDELTA_UNROLL
-      for (int g = 0; g < row_group; ++g) row[g] = (const float*)(at.source + (r + g) * at.source_stride);
-      update_group<S>(row, window.keys, decay, u, K, target, at.target_stride);
-    } else {
-      const float* row[row_group];
-      GATEDELTA_UNROLL
-      for (int g = 0; g < row_group; ++g) row[g] = wide + (r % (2 * row_group) + g) * K;
-      update_group<S>(row, window.keys, decay, u, K, target, at.target_stride);
-    }
+    const float* row[row_group];
+    GATEDELTA_UNROLL
+    for (int g = 0; g < row_group; ++g)
+      row[g] = sizeof(S) == 4 ? (const float*)(at.source + (r + g) * at.source_stride) : wide + (r % (2 * row_group) + g) * K;
+    update_group<S>(row, key, decay, u, K, at.target + r * at.target_stride, at.target_stride);
   };
   // The update of a group comes after the products of the next one, which hides the latency of the sums.
   for (int64_t r = 0; r < rows; r += row_group) {
     const S* row[row_group];
     GATEDELTA_UNROLL
     for (int g = 0; g < row_group; ++g) row[g] = (const S*)(at.source + (r + g) * at.source_stride);
-    const Sums S_times = multiply_group(row, window.keys, window.queries, K, wide + r % (2 * row_group) * K);
+    const Sums S_times = multiply_group(row, key, query, K, wide + r % (2 * row_group) * K);
     const v4 u = beta * (load_as<v4>(v + r) - decay * S_times.a);
     store_as(o + r, decay * S_times.b + mix * u);
     if (at.target && r > 0) update(r - row_group, last_u);
@@ -318,11 +344,8 @@ inline void step(const HeadWork& work) {
   float* stage = scratch.floats(stage_floats(padded > ld ? padded : ld));
 
   const bool token_stores = work.token_targets || work.snapshots.data;
-  const auto dense = [&](const Matrix& m) {
-    return m.data && m.col_stride == size_of(m.type) && padded == work.key_dim && work.rows % row_group == 0;
-  };
   // Straight on the caller's memory where its rows are dense; through a copy in float otherwise.
-  const bool direct = dense(work.source) && (!work.target.data || dense(work.target)) && !token_stores && work.tokens >= 1 &&
+  const bool direct = work.dense_rows && work.source.data && work.key_dim % (2 * W) == 0 && !token_stores && work.tokens >= 1 &&
                       work.tokens <= max_step_tokens;
   if (!direct) {
     for (int64_t i = 0; i < ld * padded; ++i) state[i] = 0;

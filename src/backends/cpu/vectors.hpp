@@ -86,7 +86,18 @@ GATEDELTA_INLINE vf load(const bf16_t* p) {
 #endif
 }
 
-/// Nearest even; NaN stays NaN (what is stored comes out of arithmetic, so that it is a quiet one).
+/// The upper halves of the result are the bfloat16, rounded to nearest even. NaN stays NaN (what is stored comes out of
+/// arithmetic, so that it is a quiet one).
+GATEDELTA_INLINE vu round_to_bf16(vf x) {
+  const vu bits = (vu)x, half = ((bits >> 16) & 1u) + 0x7fffu;
+#if defined(__AVX512F__)
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
+  return (vu)_mm512_mask_add_epi32((__m512i)bits, number, (__m512i)bits, (__m512i)half);
+#else
+  return bits + (half & (vu)(x == x));
+#endif
+}
+
 GATEDELTA_INLINE void store(bf16_t* p, vf x) {
 #if defined(__AVX512BF16__)
   // The instruction takes subnormal numbers for zero; they go the long way.
@@ -96,24 +107,18 @@ GATEDELTA_INLINE void store(bf16_t* p, vf x) {
     return;
   }
 #endif
-  const vu bits = (vu)x;
+  const vu bits = round_to_bf16(x) >> 16;
 #if defined(__AVX512F__)
-  const vu half = ((bits >> 16) & 1u) + 0x7fffu;
-  const __mmask16 number = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
-  const __m512i rounded = _mm512_mask_add_epi32((__m512i)bits, number, (__m512i)bits, (__m512i)half);
-  store_as(p, _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_srli_epi32(rounded, 16)));
-#else
-  const vu half = (((bits >> 16) & 1u) + 0x7fffu) & (vu)(x == x);
-#if defined(__AVX2__)
-  const __m256i high = _mm256_srli_epi32((__m256i)(bits + half), 16);
-  store_as(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08)));
+  store_as(p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+  store_as(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #elif defined(__SSE2__)
   // Sign-extended halves survive the saturation of the only pack there is.
-  const __m128i high = _mm_srai_epi32((__m128i)(bits + half), 16);
-  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(high, high));
+  const __m128i extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)bits, 16), 16);
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(extended, extended));
 #else
-  store_as(p, __builtin_convertvector((bits + half) >> 16, vh));
-#endif
+  store_as(p, __builtin_convertvector(bits, vh));
 #endif
 }
 
@@ -148,6 +153,50 @@ GATEDELTA_INLINE void store(f16_t* p, vf x) {
   result = (magnitude > 0x7f800000u) ? nan : result;
   store_as(p, __builtin_convertvector(result | sign, vh));
 #endif
+}
+
+// Two vectors at once, in the order that is cheapest for the storage type: bfloat16 splits into the even and the odd elements
+// with one instruction each. What they are multiplied with has to be in the same order: see arrange().
+template <class S>
+GATEDELTA_INLINE void load_pair(const S* p, vf& first, vf& second) {
+  first = load(p);
+  second = load(p + W);
+}
+template <class S>
+GATEDELTA_INLINE void store_pair(S* p, vf first, vf second) {
+  store(p, first);
+  store(p + W, second);
+}
+GATEDELTA_INLINE void load_pair(const bf16_t* p, vf& even, vf& odd) {
+  const vu bits = load_as<vu>(p);
+  even = (vf)(bits << 16);
+  odd = (vf)(bits & 0xffff0000u);
+}
+GATEDELTA_INLINE void store_pair(bf16_t* p, vf even, vf odd) {
+#if defined(__AVX512BF16__)
+  constexpr int subnormal = 0x20;
+  const __mmask16 a = _mm512_fpclass_ps_mask((__m512)even, subnormal), b = _mm512_fpclass_ps_mask((__m512)odd, subnormal);
+  if (__builtin_expect(_kortestz_mask16_u8(a, b), 1)) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    store_as(p, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even)));
+    return;
+  }
+#endif
+  store_as(p, (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xffff0000u));
+}
+
+/// `n` floats (a multiple of 2 W) brought into the order of load_pair.
+template <class S>
+GATEDELTA_INLINE void arrange(const S*, const float* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += W) store(to + i, load(from + i));
+}
+GATEDELTA_INLINE void arrange(const bf16_t*, const float* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += 2 * W)
+    for (int64_t j = 0; j < W; ++j) {
+      to[i + j] = from[i + 2 * j];
+      to[i + W + j] = from[i + 2 * j + 1];
+    }
 }
 
 /// The sums of four vectors each. Pairs are added in the same order for each of them.
