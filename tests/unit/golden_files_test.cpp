@@ -51,10 +51,11 @@ class GoldenFile {
   /// The recurrence of the tests gives the file's outputs up to their rounding to f32, and so does every backend.
   void check() {
     const Golden expected = golden(case_);
-    for (const auto& [tensor, name] : outputs_) {
-      CAPTURE(std::string(name));
+    for (const auto& named : outputs_) {
+      const std::string name = named.second;
+      CAPTURE(name);
       const std::vector<double> stored = spec(name).values;
-      const Output& output = *expected.find(tensor);
+      const Output& output = *expected.find(named.first);
       double difference = 0, rounding = 0;
       for (std::size_t i = 0; i < stored.size(); ++i) {
         difference += std::pow(stored[i] - output.values[i], 2);
