@@ -26,8 +26,10 @@ struct Options {
   std::string backend, test = "*", json;
   std::uint64_t seed = 1;
   std::int64_t repeat = 1, cases = 100;
-  bool bench = false, list = false;
+  bool bench = false, list = false, skip_unavailable = false;
 };
+
+constexpr int exit_skipped = 77;
 
 struct Counts {
   std::int64_t passed = 0, failed = 0, skipped = 0, calls = 0;
@@ -87,6 +89,7 @@ class Run {
       }
       std::printf("skipped backend %s: %s\n", std::string(backend->name()).c_str(), reason.c_str());
     }
+    if (chosen.empty() && options_.skip_unavailable && find_backend(options_.backend) != nullptr) return exit_skipped;
     if (chosen.empty()) {
       std::printf("checkkernel: no backend to test%s%s\n", options_.backend.empty() ? "" : " of the name ",
                   options_.backend.c_str());
@@ -195,6 +198,8 @@ int main(int argc, char** argv) {
   Options options;
   CLI::App app{"Differential test of the backends of gatedelta"};
   app.add_option("--backend", options.backend, "test only this backend");
+  app.add_flag("--skip-unavailable", options.skip_unavailable,
+               "exit with 77 if the backend of --backend is not available, for test runners");
   app.add_option("--test", options.test, "a family, a case (family/number) or a glob of cases");
   app.add_option("--seed", options.seed, "the seed of the first round");
   app.add_option("--repeat", options.repeat, "rounds, each with the next seed")->check(CLI::PositiveNumber);
