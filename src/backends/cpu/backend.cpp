@@ -245,6 +245,7 @@ class CpuBackend final : public Backend {
   void commit(const Config& config, const CommitArguments& arguments) override { commit_on_host(config, arguments); }
 
  private:
+  static void prefetch_inputs(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task);
   void run_task(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task, char* scratch) const;
   bool by_chunks(const Call& call, std::int64_t tokens) const;
 
@@ -277,6 +278,7 @@ void CpuBackend::forward(const Call& call) {
   rows.zero_padding();
 
   const auto run = [&](std::int64_t task, int thread) {
+    prefetch_inputs(call, rows, plan, task + 1);
     run_task(call, rows, plan, task, scratch.data() + thread * task_bytes);
   };
 #if defined(_OPENMP)
@@ -289,6 +291,32 @@ void CpuBackend::forward(const Call& call) {
   }
 #endif
   for (std::int64_t task = 0; task < plan.tasks; ++task) run(task, 0);
+}
+
+/// With few tokens a task takes microseconds, and a miss on each of its inputs would show.
+void CpuBackend::prefetch_inputs(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task) {
+  if (task >= plan.tasks) return;
+  const Config& config = call.problem.config;
+  const Arguments& in = *call.arguments;
+  const std::int64_t H = config.heads(), h = task / plan.blocks % H;
+  const HostRow& row = rows.rows()[static_cast<std::size_t>(task / plan.blocks / H)];
+  if (row.padding || row.tokens > max_step_tokens) return;
+  const auto prefetch = [&](const TensorView& tensor, std::int64_t heads) {
+    if (!tensor.defined()) return;
+    for (std::int64_t t = 0; t < row.tokens; ++t) {
+      const char* begin = address(tensor, row.batch, row.first_token + t, h / (H / heads));
+      const std::int64_t size = tensor.rank == 4 && tensor.strides[3] == 1 ? bytes(tensor, tensor.shape[3]) : 1;
+      for (std::int64_t i = 0; i < size; i += 64) __builtin_prefetch(begin + i);
+    }
+  };
+  prefetch(in.k, config.k_heads);
+  prefetch(in.q, config.q_heads);
+  prefetch(in.v, config.v_heads);
+  prefetch(in.o, H);
+  prefetch(in.a, H);
+  prefetch(in.g, H);
+  prefetch(in.b, H);
+  prefetch(in.beta, H);
 }
 
 void CpuBackend::run_task(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task, char* scratch) const {

@@ -14,9 +14,11 @@
 namespace gatedelta::cpu {
 namespace {
 
-constexpr int64_t row_group = 4;          // rows whose sums are reduced together
-constexpr int64_t row_block = 16;         // rows that share one triangular solve
-constexpr int64_t prefetch_bytes = 8192;  // of state ahead of the row in work: hides DRAM latency (16 rows of 128 floats)
+constexpr int64_t row_group = 4;   // rows whose sums are reduced together
+constexpr int64_t row_block = 16;  // rows that share one triangular solve
+// Bytes of state ahead of the rows in work: into L1, and further ahead into L2. The requests are spread evenly over all work,
+// since a core has few buffers for lines on their way into L1; in bursts they would wait for each other.
+constexpr int64_t prefetch_near = 4096, prefetch_far = 10240;
 
 /// The tokens of one window, ready for use.
 struct Window {
@@ -71,11 +73,27 @@ struct Rows {
   int64_t target_stride;
 };
 
-/// row_group rows times the key and the query, the next rows on their way into the cache. Rows of 16 bits are left widened
-/// in `wide`, [row_group][K]. K is a multiple of 2 W, or (floats only) of W.
+/// The rows to prefetch while one group of rows is in work.
+struct Ahead {
+  const char* near;
+  const char* far;
+  int64_t stride;
+};
+
+/// Lines of rows [begin, end) of the group ahead that hold column `bytes`; call with each multiple of W elements.
+template <int begin, int end>
+GATEDELTA_INLINE void prefetch(const Ahead& ahead, int64_t bytes) {
+  if (bytes % 64 != 0) return;
+  GATEDELTA_UNROLL
+  for (int g = begin; g < end; ++g) {
+    __builtin_prefetch(ahead.near + g * ahead.stride + bytes, 0, 0);
+    __builtin_prefetch(ahead.far + g * ahead.stride + bytes, 0, 2);
+  }
+}
+
+/// row_group rows times the key and the query. K is a multiple of 2 W, or (floats only) of W.
 template <class S>
-GATEDELTA_INLINE Sums multiply_group(const S* const* row, const float* key, const float* query, int64_t K, float* wide) {
-  constexpr int64_t line = 64 / sizeof(S);
+GATEDELTA_INLINE Sums multiply_group(const S* const* row, const float* key, const float* query, int64_t K, const Ahead& ahead) {
   vf with_key[row_group], with_query[row_group];
   GATEDELTA_UNROLL
   for (int g = 0; g < row_group; ++g) with_key[g] = with_query[g] = vf{};
@@ -83,87 +101,87 @@ GATEDELTA_INLINE Sums multiply_group(const S* const* row, const float* key, cons
     with_key[g] = fma(s, k, with_key[g]);
     with_query[g] = fma(s, q, with_query[g]);
   };
-  for (int64_t begin = 0; begin < K; begin += line) {
-    GATEDELTA_UNROLL
-    for (int g = 0; g < row_group; ++g) __builtin_prefetch((const char*)(row[g] + begin) + prefetch_bytes);
-    if constexpr (sizeof(S) == 4) {
-      for (int64_t i = begin; i < K && i < begin + line; i += W) {
-        const vf k = load(key + i), q = load(query + i);
-        GATEDELTA_UNROLL
-        for (int g = 0; g < row_group; ++g) add(g, load(row[g] + i), k, q);
-      }
+  constexpr int64_t columns = sizeof(S) == 4 ? W : 2 * W;
+  for (int64_t i = 0; i < K; i += columns) {
+    prefetch<0, row_group / 2>(ahead, i * (int64_t)sizeof(S));
+    const vf k = load(key + i), q = load(query + i);
+    if constexpr (columns == W) {
+      GATEDELTA_UNROLL
+      for (int g = 0; g < row_group; ++g) add(g, load(row[g] + i), k, q);
     } else {
-      for (int64_t i = begin; i < K && i < begin + line; i += 2 * W) {
-        const vf k = load(key + i), q = load(query + i), next_k = load(key + i + W), next_q = load(query + i + W);
-        GATEDELTA_UNROLL
-        for (int g = 0; g < row_group; ++g) {
-          vf first, second;
-          load_pair(row[g] + i, first, second);
-          store(wide + g * K + i, first);
-          store(wide + g * K + i + W, second);
-          add(g, first, k, q);
-          add(g, second, next_k, next_q);
-        }
+      const vf next_k = load(key + i + W), next_q = load(query + i + W);
+      GATEDELTA_UNROLL
+      for (int g = 0; g < row_group; ++g) {
+        vf first, second;
+        load_pair(row[g] + i, first, second);
+        add(g, first, k, q);
+        add(g, second, next_k, next_q);
       }
     }
   }
   return reduce(with_key, with_query);
 }
 
-/// out = decay * row + u key for row_group rows, which are floats by now.
+/// out = decay * row + u key for row_group rows.
 template <class S>
-GATEDELTA_INLINE void update_group(const float* const* row, const float* key, float decay, v4 u, int64_t K, char* target,
-                                   int64_t stride) {
+GATEDELTA_INLINE void update_group(const S* const* row, const float* key, float decay, v4 u, int64_t K, char* target,
+                                   int64_t stride, const Ahead& ahead) {
   vf weight[row_group];
   GATEDELTA_UNROLL
   for (int g = 0; g < row_group; ++g) weight[g] = set1(u[g]);
   const vf d = set1(decay);
-  if constexpr (sizeof(S) == 4) {
-    for (int64_t i = 0; i < K; i += W) {
-      const vf k = load(key + i);
+  constexpr int64_t columns = sizeof(S) == 4 ? W : 2 * W;
+  for (int64_t i = 0; i < K; i += columns) {
+    prefetch<row_group / 2, row_group>(ahead, i * (int64_t)sizeof(S));
+    const vf k = load(key + i);
+    if constexpr (columns == W) {
       GATEDELTA_UNROLL
       for (int g = 0; g < row_group; ++g) store((S*)(target + g * stride) + i, fma(weight[g], k, d * load(row[g] + i)));
-    }
-  } else {
-    for (int64_t i = 0; i < K; i += 2 * W) {
-      const vf k = load(key + i), next_k = load(key + i + W);
+    } else {
+      const vf next_k = load(key + i + W);
       GATEDELTA_UNROLL
-      for (int g = 0; g < row_group; ++g)
-        store_pair((S*)(target + g * stride) + i, fma(weight[g], k, d * load(row[g] + i)),
-                   fma(weight[g], next_k, d * load(row[g] + i + W)));
+      for (int g = 0; g < row_group; ++g) {
+        vf first, second;
+        load_pair(row[g] + i, first, second);
+        store_pair((S*)(target + g * stride) + i, fma(weight[g], k, d * first), fma(weight[g], next_k, d * second));
+      }
     }
   }
 }
 
-/// One token. `rows` is a multiple of row_group.
+/// One token. `rows` is a multiple of row_group. With FixedK, rows follow each other without gaps, which leaves all addresses
+/// but one to constants.
 template <class S, int64_t FixedK>
 GATEDELTA_KERNEL void step_one(const Window& window, const Rows& at, int64_t rows, int64_t padded_key, const float* v, float* o,
                                float* scratch) {
-  const int64_t K = FixedK ? FixedK : padded_key;
+  const int64_t K = FixedK ? FixedK : padded_key, row_bytes = K * (int64_t)sizeof(S);
+  const int64_t source_stride = FixedK ? row_bytes : at.source_stride, target_stride = FixedK ? row_bytes : at.target_stride;
   const float decay = window.decay[0], beta = window.beta[0], mix = window.query_mix[0];
   const float *key = window.keys, *query = window.queries;
-  float* wide = scratch;  // two groups of rows, 16-bit states only
   if constexpr (sizeof(S) != 4) {
-    float* arranged = scratch + 2 * row_group * K;
-    arrange((const S*)nullptr, key, K, arranged);
-    arrange((const S*)nullptr, query, K, arranged + K);
-    key = arranged;
-    query = arranged + K;
+    arrange((const S*)nullptr, key, K, scratch);
+    arrange((const S*)nullptr, query, K, scratch + K);
+    key = scratch;
+    query = scratch + K;
   }
-  v4 last_u{};
-  const auto update = [&](int64_t r, v4 u) {
-    const float* row[row_group];
+  const int64_t near = prefetch_near / row_bytes * source_stride, far = prefetch_far / row_bytes * source_stride;
+  const auto group_at = [&](int64_t r, const S** row) {
+    const char* first = at.source + r * source_stride;
     GATEDELTA_UNROLL
-    for (int g = 0; g < row_group; ++g)
-      row[g] = sizeof(S) == 4 ? (const float*)(at.source + (r + g) * at.source_stride) : wide + (r % (2 * row_group) + g) * K;
-    update_group<S>(row, key, decay, u, K, at.target + r * at.target_stride, at.target_stride);
+    for (int g = 0; g < row_group; ++g) row[g] = (const S*)(first + g * source_stride);
+    return first;
   };
   // The update of a group comes after the products of the next one, which hides the latency of the sums.
+  v4 last_u{};
+  const auto update = [&](int64_t r, v4 u) {
+    const S* row[row_group];
+    const char* next = group_at(r, row) + row_group * source_stride;
+    update_group(row, key, decay, u, K, at.target + r * target_stride, target_stride, {next + near, next + far, source_stride});
+  };
   for (int64_t r = 0; r < rows; r += row_group) {
     const S* row[row_group];
-    GATEDELTA_UNROLL
-    for (int g = 0; g < row_group; ++g) row[g] = (const S*)(at.source + (r + g) * at.source_stride);
-    const Sums S_times = multiply_group(row, key, query, K, wide + r % (2 * row_group) * K);
+    const char* first = group_at(r, row);
+    const Sums S_times = multiply_group(row, key, query, K, {first + near, first + far, source_stride});
     const v4 u = beta * (load_as<v4>(v + r) - decay * S_times.a);
     store_as(o + r, decay * S_times.b + mix * u);
     if (at.target && r > 0) update(r - row_group, last_u);
@@ -265,7 +283,8 @@ GATEDELTA_KERNEL void step_many(const Window& window, const Rows& at, int64_t ro
     const float* row[row_block];
     for (int64_t r = 0; r < count; ++r) {
       const S* from = (const S*)(at.source + (block + r) * at.source_stride);
-      for (int64_t i = 0; i < K * (int64_t)sizeof(S); i += 64) __builtin_prefetch((const char*)from + i + prefetch_bytes);
+      const char* far = (const char*)from + prefetch_far / (K * (int64_t)sizeof(S)) * at.source_stride;
+      for (int64_t i = 0; i < K * (int64_t)sizeof(S); i += 64) __builtin_prefetch(far + i, 0, 2);
       if constexpr (sizeof(S) == 4) {
         row[r] = from;
       } else {
@@ -303,7 +322,8 @@ template <class S>
 void step_window(const Window& window, const Rows& at, int64_t rows, int64_t padded_key, const float* v, float* o, int64_t ld,
                  float* scratch) {
   const bool one = window.tokens == 1;
-  if (padded_key == 128)
+  const auto packed = [&](int64_t stride) { return stride == 128 * (int64_t)sizeof(S); };
+  if (padded_key == 128 && packed(at.source_stride) && (!at.target || packed(at.target_stride)))
     return one ? step_one<S, 128>(window, at, rows, padded_key, v, o, scratch)
                : step_many<S, 128>(window, at, rows, padded_key, v, o, ld, scratch);
   one ? step_one<S, 0>(window, at, rows, padded_key, v, o, scratch)
