@@ -8,9 +8,12 @@
 #include <charconv>
 #include <cstdio>
 #include <ctime>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "commit.hpp"
 #include "gatedelta/gatedelta.hpp"
 #include "harness.hpp"
 #include "io/pending_file.hpp"
@@ -218,6 +221,15 @@ void print_row(const Result& row) {
   std::fflush(stdout);
 }
 
+/// The command as it was typed, without the path of the program; empty where the system does not tell.
+std::string command_line() {
+  std::ifstream file("/proc/self/cmdline", std::ios::binary);
+  std::string text((std::istreambuf_iterator<char>(file)), {});
+  while (!text.empty() && text.back() == '\0') text.pop_back();
+  std::replace(text.begin(), text.end(), '\0', ' ');
+  return text.substr(text.rfind('/', text.find(' ')) + 1);
+}
+
 ordered_json json_of(const Result& row, const bench::Platform& platform, const std::string& date) {
   const Case& item = row.item;
   return {{"backend", row.backend.name()},
@@ -257,6 +269,8 @@ ordered_json json_of(const Result& row, const bench::Platform& platform, const s
           {"hardware", platform.description()},
           {"limit_variant", platform.limit_description()},
           {"version", version()},
+          {"commit", GATEDELTA_COMMIT},
+          {"command", command_line()},
           {"date", date}};
 }
 
