@@ -173,18 +173,34 @@ GATEDELTA_INLINE void load_pair(const bf16_t* p, vf& even, vf& odd) {
   odd = (vf)(bits & 0xffff0000u);
 }
 GATEDELTA_INLINE void store_pair(bf16_t* p, vf even, vf odd) {
-#if defined(__AVX512BF16__)
-  constexpr int subnormal = 0x20;
-  const __mmask16 a = _mm512_fpclass_ps_mask((__m512)even, subnormal), b = _mm512_fpclass_ps_mask((__m512)odd, subnormal);
-  if (__builtin_expect(_kortestz_mask16_u8(a, b), 1)) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    store_as(p, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even)));
-    return;
-  }
-#endif
   store_as(p, (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xffff0000u));
 }
+
+// The conversion instruction of AVX512-BF16 takes subnormal numbers for zero. So a kernel shows a StoreCheck what it gives to
+// store_pair_fast, and unless all of it was safe stores it again with store_pair.
+struct StoreCheck {
+#if defined(__AVX512BF16__)
+  __mmask16 subnormal = 0;
+  GATEDELTA_INLINE void add(const bf16_t*, vf x) {
+    subnormal = _kor_mask16(subnormal, _mm512_fpclass_ps_mask((__m512)x, 0x20));
+  }
+  GATEDELTA_INLINE bool safe() const { return __builtin_expect(_kortestz_mask16_u8(subnormal, subnormal), 1); }
+#else
+  GATEDELTA_INLINE bool safe() const { return true; }
+#endif
+  GATEDELTA_INLINE void add(const void*, vf) {}
+};
+template <class S>
+GATEDELTA_INLINE void store_pair_fast(S* p, vf first, vf second) {
+  store_pair(p, first, second);
+}
+#if defined(__AVX512BF16__)
+GATEDELTA_INLINE void store_pair_fast(bf16_t* p, vf even, vf odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                         4, 19, 3, 18, 2, 17, 1, 16, 0);
+  store_as(p, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even)));
+}
+#endif
 
 /// `n` floats (a multiple of 2 W) brought into the order of load_pair.
 template <class S>
