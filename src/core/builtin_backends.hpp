@@ -8,6 +8,9 @@
 // One function for each built-in backend; registry.cpp calls them in order of preference.
 namespace gatedelta {
 
+#ifdef GATEDELTA_CUDA
+std::unique_ptr<Backend> make_cuda_backend();
+#endif
 std::unique_ptr<Backend> make_cpu_backend();
 std::unique_ptr<Backend> make_reference_backend();
 

@@ -19,6 +19,9 @@ struct Registry {
 
   // The built-in backends in the order of preference; reference is the golden answer and comes last.
   Registry() {
+#ifdef GATEDELTA_CUDA
+    builtin.push_back(make_cuda_backend());
+#endif
     builtin.push_back(make_cpu_backend());
     builtin.push_back(make_reference_backend());
   }
@@ -86,7 +89,8 @@ Backend& select(Backend* fixed, const Problem& problem) {
   }
   const std::vector<Backend*> all = backends();
   for (Backend* backend : all)
-    if (obstacle(*backend, problem).empty()) return *backend;
+    // Host calls must not wake up a device driver, so memory is asked for first.
+    if (backend->reaches(problem.device) && obstacle(*backend, problem).empty()) return *backend;
   std::string text;
   for (const Backend* backend : all)
     text += (text.empty() ? "" : "; ") + std::string(backend->name()) + ": " + obstacle(*backend, problem);

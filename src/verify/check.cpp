@@ -295,4 +295,34 @@ void Checker::rejects(const Case& c, const std::string& tensor, const std::strin
   for (const std::string& stray : instance.stray_stores(nullptr)) fail(check, "", stray);
 }
 
+void Checker::faults(const Case& c, const Case& valid, const std::string& tensor, const std::string& what) {
+  const std::string check = "fault " + what;
+  Instance instance(c, memory_);
+  const GatedDeltaRule op(c.config, backend_);
+  instance.add_workspace(op.workspace_size(instance.arguments()));
+  ++calls_;
+  try {
+    op.forward(instance.arguments());
+  } catch (const Error& error) {
+    fail(check, tensor, std::string("the call itself threw ") + name_of(error.code()) + ": " + error.what());
+  }
+  try {
+    backend_.synchronize(nullptr);
+    fail(check, tensor, "was not reported");
+  } catch (const Error& error) {
+    const std::string message = error.what();
+    if (error.code() != ErrorCode::device || message.rfind(tensor + ":", 0) != 0)
+      fail(check, tensor, std::string("threw ") + name_of(error.code()) + ": " + message);
+  }
+  try {
+    backend_.synchronize(nullptr);
+  } catch (const Error& error) {
+    fail(check, tensor, std::string("was reported twice: ") + error.what());
+  }
+  if (c[Tensor::snapshots].shape != valid[Tensor::snapshots].shape) return;
+  instance.download();
+  const Golden due = stores_of(valid);
+  for (const std::string& stray : instance.stray_stores(&due)) fail(check, "", stray);
+}
+
 }  // namespace gatedelta::verify

@@ -49,6 +49,10 @@ class Checker {
   /// The call must throw invalid_argument that names `tensor`, and change no byte.
   void rejects(const Case& c, const std::string& tensor, const std::string& what);
 
+  /// The same for what only the device can see: synchronize() must throw Error(device) that names `tensor`, and nothing but
+  /// what `valid`, the call before it was broken, stores may be changed.
+  void faults(const Case& c, const Case& valid, const std::string& tensor, const std::string& what);
+
   const std::vector<Failure>& failures() const { return failures_; }
   /// Calls of the backend so far.
   int calls() const { return calls_; }

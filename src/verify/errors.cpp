@@ -29,7 +29,7 @@ class Breaker {
 
   template <class Change>
   void add(Tensor named, std::string what, Change change, bool by_value = false) {
-    BrokenCall broken{valid_, name_of(named), std::move(what), by_value};
+    BrokenCall broken{valid_, name_of(named), std::move(what), false, by_value};
     change(broken.c);
     broken.c.in_place = false;
     out_.push_back(std::move(broken));
@@ -186,6 +186,7 @@ class Breaker {
                            : has(Tensor::write_slots) ? Tensor::write_slots
                                                       : Tensor::read_slots;
       const char* what = "has two rows that store to one slot";
+      const std::size_t before = out_.size();
       if (has(Tensor::write_slots))
         add(
             named, what, [&](Case& c) { c[Tensor::write_slots].values[n] = slot; }, true);
@@ -196,6 +197,7 @@ class Breaker {
         add(
             named, what, [&](Case& c) { c[Tensor::token_slots].values[flat(Tensor::token_slots, n, other.tokens - 1)] = slot; },
             true);
+      if (out_.size() > before) out_.back().two_writers = true;
       return;
     }
   }

@@ -13,7 +13,8 @@ struct BrokenCall {
   Case c;
   std::string tensor;  ///< the one that the message names
   std::string what;
-  bool by_value = false;  ///< only the values in device memory are wrong: a device backend cannot tell at the call
+  bool two_writers = false;  ///< two rows store to one slot: undefined, but no error, on a device
+  bool by_value = false;     ///< only the values in device memory are wrong: a device backend cannot tell at the call
 };
 
 /// Every way in which `valid` can be broken by one change.

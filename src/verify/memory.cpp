@@ -53,7 +53,11 @@ void store_value(std::byte* address, DType dtype, double value) {
 
 Memory* memory_for(const Backend& backend) {
   static HostMemory host;
-  return backend.reaches(host.device()) ? &host : nullptr;
+  if (backend.reaches(host.device())) return &host;
+#ifdef GATEDELTA_CUDA
+  if (backend.reaches(cuda_memory().device())) return &cuda_memory();
+#endif
+  return nullptr;
 }
 
 GuardedBytes::GuardedBytes(Memory& memory, std::size_t bytes, std::size_t offset)

@@ -24,6 +24,9 @@ class Memory {
   virtual void copy_out(void* to, const void* from, std::size_t bytes) = 0;
 };
 
+#ifdef GATEDELTA_CUDA
+Memory& cuda_memory();
+#endif
 /// The memory that `backend` can work on, or nullptr if this build has none.
 Memory* memory_for(const Backend& backend);
 

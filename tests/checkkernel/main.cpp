@@ -38,8 +38,12 @@ struct Counts {
 /// Golden answers as families ask for them.
 void check(const Family& family, const Case& c, Memory& memory, Checker& checker) {
   if (std::string_view(family.name) == "errors") {
-    for (const BrokenCall& broken : broken_calls(c))
-      if (!broken.by_value || memory.device().type == DeviceType::cpu) checker.rejects(broken.c, broken.tensor, broken.what);
+    for (const BrokenCall& broken : broken_calls(c)) {
+      if (!broken.by_value || memory.device().type == DeviceType::cpu)
+        checker.rejects(broken.c, broken.tensor, broken.what);
+      else if (!broken.two_writers)
+        checker.faults(broken.c, c, broken.tensor, broken.what);
+    }
     return;
   }
   const Golden expected = golden(c);
