@@ -208,11 +208,19 @@ GATEDELTA_INLINE void arrange(const S*, const float* from, int64_t n, float* to)
   for (int64_t i = 0; i < n; i += W) store(to + i, load(from + i));
 }
 GATEDELTA_INLINE void arrange(const bf16_t*, const float* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i += 2 * W)
-    for (int64_t j = 0; j < W; ++j) {
-      to[i + j] = from[i + 2 * j];
-      to[i + W + j] = from[i + 2 * j + 1];
-    }
+  for (int64_t i = 0; i < n; i += 2 * W) {
+    const vf a = load(from + i), b = load(from + i + W);
+#if defined(__AVX512F__)
+    store(to + i, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+    store(to + i + W, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+#elif defined(__AVX2__)
+    store(to + i, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+    store(to + i + W, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+#else
+    store(to + i, __builtin_shufflevector(a, b, 0, 2, 4, 6));
+    store(to + i + W, __builtin_shufflevector(a, b, 1, 3, 5, 7));
+#endif
+  }
 }
 
 /// The sums of four vectors each. Pairs are added in the same order for each of them.
