@@ -146,8 +146,7 @@ GATEDELTA_INLINE void update_group(const S* const* row, const float* key, float 
         first = fma(weight[g], k, d * first);
         second = fma(weight[g], next_k, d * second);
         StoreCheck check;
-        check.add(row[g], first);
-        check.add(row[g], second);
+        check.add(row[g], first, second);
         S* to = (S*)(target + g * stride) + i;
         check.safe() ? store_pair_fast(to, first, second) : store_pair(to, first, second);
       }
@@ -245,8 +244,7 @@ GATEDELTA_KERNEL void step_one_resident(const Window& window, const Rows& at, in
     for (int g = 0; g < group; ++g) GATEDELTA_UNROLL
     for (int i = 0; i < vectors; i += 2) {
       const vf first = updated(g, i), second = updated(g, i + 1);
-      check.add(row, first);
-      check.add(row, second);
+      check.add(row, first, second);
       store_pair_fast(out + g * K + i * W, first, second);
     }
     if (check.safe()) continue;
