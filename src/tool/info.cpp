@@ -22,6 +22,7 @@ Json collect() {
     backend_list.push_back({{"name", backend->name()},
                             {"description", backend->description()},
                             {"available", state.available},
+                            {"host_memory", backend->reaches(Device{})},
                             {"reason", state.reason}});
   }
   Json devices = Json::array();
