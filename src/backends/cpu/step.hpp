@@ -221,7 +221,7 @@ GATEDELTA_KERNEL void step_one_resident(const Window& window, const Rows& at, in
         load_pair(from, s[g][i], s[g][i + 1]);
         GATEDELTA_UNROLL
         for (int64_t line = 0; line < 2 * W * (int64_t)sizeof(S); line += 64) {
-          __builtin_prefetch((const char*)from + near + line, 0, 0);
+          __builtin_prefetch((const char*)from + near + line, 0, 3);
           __builtin_prefetch((const char*)from + far + line, 0, 2);
         }
         GATEDELTA_UNROLL
