@@ -219,17 +219,8 @@ inline void chunks(const HeadWork& work) {
     const bool last = first + chunk.tokens == work.tokens;
     run_chunk(work, first, chunk, state, !last || work.target.data || token_stores);
     for (int64_t t = 0; t < chunk.tokens; ++t) store_run(chunk.values + (chunk.tokens + t) * ld, work.o, first + t, work.rows);
-    if (!token_stores) continue;
-    if (work.token_targets && work.token_targets[first]) {
-      Matrix to = work.token_layout;
-      to.data = work.token_targets[first];
-      store_dense(state, ld, work.key_dim, work.rows, transposed(to), stage);
-    }
-    if (work.snapshots.data) {
-      Matrix to = work.snapshots;
-      to.data += first * work.snapshot_stride;
-      store_dense(state, ld, work.key_dim, work.rows, transposed(to), stage);
-    }
+    for_token_stores(work, first,
+                     [&](const Matrix& to) { store_dense(state, ld, work.key_dim, work.rows, transposed(to), stage); });
   }
   if (work.target.data) store_dense(state, ld, work.key_dim, work.rows, transposed(work.target), stage);
 }

@@ -416,6 +416,21 @@ constexpr int64_t step_scratch_bytes(int64_t key_dim, int64_t rows) {
          64 * 12;
 }
 
+/// Calls `store` with each place, [rows, K], that gets the state after this token.
+template <class Store>
+GATEDELTA_INLINE void for_token_stores(const HeadWork& work, int64_t token, Store store) {
+  if (work.token_targets && work.token_targets[token]) {
+    Matrix to = work.token_layout;
+    to.data = work.token_targets[token];
+    store(to);
+  }
+  if (work.snapshots.data) {
+    Matrix to = work.snapshots;
+    to.data += token * work.snapshot_stride;
+    store(to);
+  }
+}
+
 inline void step(const HeadWork& work) {
   const int64_t padded = round_up(work.key_dim, W), ld = round_up(work.rows, row_block);
   Scratch scratch{work.scratch};
@@ -458,18 +473,7 @@ inline void step(const HeadWork& work) {
       step_window<float>(window, at, round_up(work.rows, row_group), padded, v, o, ld, temporary);
     }
     for (int64_t t = 0; t < window.tokens; ++t) store_run(o + t * ld, work.o, first + t, work.rows);
-    if (token_stores) {
-      if (work.token_targets && work.token_targets[first]) {
-        Matrix to = work.token_layout;
-        to.data = work.token_targets[first];
-        store_dense(state, padded, work.rows, work.key_dim, to, stage);
-      }
-      if (work.snapshots.data) {
-        Matrix to = work.snapshots;
-        to.data += first * work.snapshot_stride;
-        store_dense(state, padded, work.rows, work.key_dim, to, stage);
-      }
-    }
+    for_token_stores(work, first, [&](const Matrix& to) { store_dense(state, padded, work.rows, work.key_dim, to, stage); });
   }
   if (!direct && work.target.data) store_dense(state, padded, work.rows, work.key_dim, work.target, stage);
 }
