@@ -99,7 +99,9 @@ struct GATEDELTA_API Config {
 /// A write or token slot <= null_slot only skips that store. Tokens outside every sequence of cu_seqlens get zeros in `o`.
 ///
 /// A slot >= the pool's size, `accepted` outside 1..S, bad cu_seqlens, and two rows that store to one slot are errors: the host
-/// backends throw before they touch anything. Each row reads the pool as it was before the call.
+/// backends throw before they touch anything. On the host each row reads the pool as it was before the call; on a device the
+/// content of a slot that one row stores to while another row reads it is undefined for the latter, as is that of a slot that
+/// two rows store to.
 struct Arguments {
   TensorView q;  ///< [B,T,HQ,K]
   TensorView k;  ///< [B,T,HK,K]
@@ -128,6 +130,10 @@ struct Arguments {
   bool update_state = true;  ///< false: the pool is only read (no final and no token stores); snapshots are still written
 
   void* stream = nullptr;     ///< cudaStream_t for device backends; host backends ignore it
+  /// cuda: the kernel may begin before the one before it on the stream has ended (programmatic dependent launch). Then q, k, v, a
+  /// or g, and b or beta may be outputs of that kernel, but everything else (states, slots, parameters) must have been there
+  /// before it began. Other backends ignore it.
+  bool dependent_launch = false;
   void* workspace = nullptr;  ///< at least workspace_size(...) bytes on the tensors' device, 256-byte aligned
   std::size_t workspace_size = 0;
 };

@@ -70,7 +70,13 @@ class Check {
   /// Both backends have to agree with the float64 recurrence of the same case. That bounds their distance from each other by
   /// the sum of the limits and tells which of the two is off.
   void one(std::int64_t index) {
-    verify::Case c = verify::make_case(*verify::find_family("any"), options_.seed, index);
+    const auto on_device = [](const std::string& name) {
+      const Backend* backend = find_backend(name);
+      const verify::Memory* memory = backend != nullptr ? verify::memory_for(*backend) : nullptr;
+      return memory != nullptr && memory->device().type != DeviceType::cpu;
+    };
+    verify::Case c = verify::make_case(*verify::find_family("any"), options_.seed, index,
+                                       on_device(options_.backend) || on_device(options_.against));
     c.config.num_threads = options_.threads;
     std::vector<Selected> pair;
     for (const std::string& name : {options_.backend, options_.against}) {

@@ -108,7 +108,7 @@ std::string describe(const Case& c) {
                     (config.scale ? number(*config.scale) : "default") + ", softplus " + number(config.softplus_beta) + "/" +
                     number(config.softplus_threshold) + ", null_slot " + std::to_string(config.null_slot) +
                     (c.update_state ? "" : ", update_state off") + (c.in_place ? ", state_out in place of state_in" : "") +
-                    "\n  values: " + c.values + "\n";
+                    (c.aligned ? ", aligned" : "") + "\n  values: " + c.values + "\n";
   for (int i = 0; i < tensor_count; ++i) {
     const TensorSpec& spec = c.tensors[static_cast<std::size_t>(i)];
     if (!spec.present()) continue;

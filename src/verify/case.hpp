@@ -60,6 +60,7 @@ struct Case {
   std::array<TensorSpec, tensor_count> tensors;
   bool update_state = true;
   bool in_place = false;  ///< state_out is the memory of state_in
+  bool aligned = false;   ///< every tensor begins at a multiple of 64 bytes
   std::string values;     ///< the patterns the values were drawn from, for the description
 
   TensorSpec& operator[](Tensor tensor) { return tensors[static_cast<std::size_t>(tensor)]; }

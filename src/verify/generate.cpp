@@ -50,8 +50,8 @@ class SlotOwners {
 
 class Generator {
  public:
-  Generator(const Family& family, std::uint64_t seed, std::int64_t index)
-      : family_(family), random_(seed, std::string(family.name) + "/" + std::to_string(index)) {
+  Generator(const Family& family, std::uint64_t seed, std::int64_t index, bool rows_apart)
+      : family_(family), rows_apart_(rows_apart), random_(seed, std::string(family.name) + "/" + std::to_string(index)) {
     c_.name = std::string(family.name) + "/" + std::to_string(index);
     c_.seed = seed;
   }
@@ -121,6 +121,7 @@ class Generator {
     config.softplus_threshold = random_.pick({20.0, 20.0, 5.0, 0.5});
     config.null_slot = random_.pick<std::int64_t>({-1, -1, 0, 2});
     c_.update_state = random_.chance(0.85);
+    c_.aligned = random_.chance(0.6);
   }
 
   void choose_dtypes() {
@@ -236,7 +237,9 @@ class Generator {
       if (random_.chance(store_padding)) return null();
       if (!accepted && random_.chance(0.6)) {
         const std::size_t other = random_.chance(0.5) ? n : static_cast<std::size_t>(random_.integer(0, rows_ - 1));
-        if (source[other] > c_.config.null_slot && owners.take(source[other], static_cast<std::int64_t>(n)))
+        const bool apart = other == n && std::count(source.begin(), source.end(), source[n]) == 1;
+        if (source[other] > c_.config.null_slot && (apart || !rows_apart_) &&
+            owners.take(source[other], static_cast<std::int64_t>(n)))
           return source[other];
       }
       const std::int64_t slot = fresh();
@@ -257,7 +260,7 @@ class Generator {
       if (random_.chance(row_padding)) slot = static_cast<double>(null());
       source[n] = static_cast<std::int64_t>(slot);
       // An entry beyond the tokens of this call is only read, so it may be another row's.
-      if (n > 0 && static_cast<std::int64_t>(last) > lengths[n] && random_.chance(0.5))
+      if (n > 0 && static_cast<std::int64_t>(last) > lengths[n] && random_.chance(0.5) && !rows_apart_)
         slot = static_cast<double>(source[n] = source[n - 1]);
     }
     if (by_token) indices(Tensor::token_slots, {rows_, room}, std::move(token_slots));
@@ -324,6 +327,7 @@ class Generator {
   }
 
   const Family& family_;
+  const bool rows_apart_;
   Random random_;
   Case c_;
   std::int64_t tokens_ = 0, rows_ = 0, longest_ = 0, slots_ = 0;
@@ -340,6 +344,8 @@ const Family* find_family(std::string_view name) {
   return nullptr;
 }
 
-Case make_case(const Family& family, std::uint64_t seed, std::int64_t index) { return Generator(family, seed, index).make(); }
+Case make_case(const Family& family, std::uint64_t seed, std::int64_t index, bool rows_apart) {
+  return Generator(family, seed, index, rows_apart).make();
+}
 
 }  // namespace gatedelta::verify

@@ -34,8 +34,9 @@ std::span<const Family> families();
 /// nullptr if there is none of this name.
 const Family* find_family(std::string_view name);
 
-/// Case `index` of a family. Nothing but the arguments has an influence.
-Case make_case(const Family& family, std::uint64_t seed, std::int64_t index);
+/// Case `index` of a family. Nothing but the arguments has an influence. `rows_apart`: no row stores to a slot that another row
+/// reads, which only the host backends admit.
+Case make_case(const Family& family, std::uint64_t seed, std::int64_t index, bool rows_apart = false);
 
 /// Draws the values of all tensors that are read, once shapes, layouts and slots are fixed.
 void draw_values(Case& c, Random& random);

@@ -149,8 +149,8 @@ Instance::Instance(const Case& c, Memory& memory) : memory_(memory), in_place_(c
   for (int i = 0; i < tensor_count; ++i) {
     const auto tensor = static_cast<Tensor>(i);
     if (!c[tensor].present() || (c.in_place && tensor == Tensor::state_out)) continue;
-    // Vary the alignment over the tensors, always a multiple of the element.
-    const std::size_t offset = size_of(c[tensor].dtype) * ((c.seed + static_cast<std::size_t>(i) * 7) % 16);
+    // Otherwise the alignment varies over the tensors, always a multiple of the element.
+    const std::size_t offset = c.aligned ? 0 : size_of(c[tensor].dtype) * ((c.seed + static_cast<std::size_t>(i) * 7) % 16);
     tensors_.emplace_back(tensor, std::make_unique<GuardedTensor>(c[tensor], memory, offset));
     arguments_.*fields[static_cast<std::size_t>(i)].view = tensors_.back().second->view();
   }

@@ -139,14 +139,15 @@ class Run {
   }
 
   void one(const Family& family, std::uint64_t seed, std::int64_t index, const std::vector<Backend*>& chosen) {
-    const Case c = make_case(family, seed, index);
     if (options_.list) {
+      const Case c = make_case(family, seed, index);
       std::printf("%s\n%s", c.name.c_str(), describe(c).c_str());
       return;
     }
-    if (progress_) std::fprintf(stderr, "\r\033[K%s", c.name.c_str());
     for (Backend* backend : chosen) {
       Memory& memory = *memory_for(*backend);
+      const Case c = make_case(family, seed, index, memory.device().type != DeviceType::cpu);
+      if (progress_) std::fprintf(stderr, "\r\033[K%s", c.name.c_str());
       const std::string name(backend->name());
       nlohmann::json result = {{"backend", name}, {"case", c.name}, {"seed", seed}};
       Checker checker(*backend, memory);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The host side: what can run here, the parameters of a launch, and the faults that kernels leave behind.
-#include <algorithm>
+#include <array>
+#include <atomic>
 #include <limits>
 #include <string>
 #include <vector>
 
-#include "backends/cuda/params.hpp"
+#include "backends/cuda/plan.hpp"
 #include "core/builtin_backends.hpp"
 #include "gatedelta/error.hpp"
 
@@ -71,45 +72,15 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-Strided strided(const TensorView& view) {
-  Strided out;
-  // An index or optional tensor without elements is never read, but that it was given counts.
-  static char given;
-  out.data = view.defined() && view.data == nullptr ? &given : view.data;
-  if (!view.defined()) out.data = nullptr;
-  out.dtype = view.dtype;
-  std::copy(view.strides.begin(), view.strides.end(), out.strides);
-  return out;
-}
-
-std::size_t staged_rows_bytes(const Problem& problem) { return (static_cast<std::size_t>(problem.rows) * 4 + 255) / 256 * 256; }
-
-ForwardParams parameters(const Call& call) {
-  const Arguments& in = *call.arguments;
-  const Problem& problem = call.problem;
-  const Config& config = problem.config;
-  ForwardParams p{};
-  p.q = strided(in.q), p.k = strided(in.k), p.v = strided(in.v), p.o = strided(in.o);
-  p.a = strided(in.a), p.g = strided(in.g), p.A_log = strided(in.A_log), p.dt_bias = strided(in.dt_bias);
-  p.b = strided(in.b), p.beta = strided(in.beta);
-  p.state_read = strided(call.state_read), p.state_write = strided(call.state_write);
-  p.read_slots = strided(call.read_slots), p.write_slots = strided(call.write_slots);
-  p.token_slots = strided(in.token_slots), p.accepted = strided(in.accepted);
-  p.snapshots = strided(in.snapshots), p.cu_seqlens = strided(in.cu_seqlens);
-  p.rows = problem.rows, p.tokens = problem.tokens, p.slots = problem.slots;
-  p.token_room = in.token_slots.defined() ? in.token_slots.shape[1] : 0;
-  p.snapshot_room = in.snapshots.defined() ? in.snapshots.shape[1] : 0;
-  p.heads = config.heads();
-  p.q_group = p.heads / config.q_heads, p.k_group = p.heads / config.k_heads, p.v_group = p.heads / config.v_heads;
-  p.key_dim = config.key_dim, p.value_dim = config.value_dim;
-  p.slice_rows = rows_of_slice(p.key_dim, p.value_dim);
-  p.slices = (p.value_dim + p.slice_rows - 1) / p.slice_rows;
-  p.null_slot = config.null_slot;
-  p.l2_eps = config.l2_eps, p.softplus_beta = config.softplus_beta, p.softplus_threshold = config.softplus_threshold;
-  p.scale = config.effective_scale();
-  p.gate = config.gate, p.beta_form = config.beta, p.l2norm = config.qk_l2norm;
-  p.initial_state = problem.initial_state, p.store_final = problem.store_final, p.store_tokens = problem.store_tokens;
-  return p;
+/// The current device's record, looked up once.
+Fault* fault_record(int device) {
+  constexpr int remembered = 64;
+  static std::array<std::atomic<Fault*>, remembered> records{};
+  Fault* record = device < remembered ? records[static_cast<std::size_t>(device)].load(std::memory_order_relaxed) : nullptr;
+  if (record != nullptr) return record;
+  require(find_fault_record(record), "fault record");
+  if (device < remembered) records[static_cast<std::size_t>(device)].store(record, std::memory_order_relaxed);
+  return record;
 }
 
 std::string text(const Fault& fault) {
@@ -165,43 +136,17 @@ class CudaBackend final : public Backend {
     return {};
   }
 
-  std::size_t workspace_size(const Problem& problem) const override {
-    if (!problem.other_slots || problem.rows < 2) return 0;
-    const Config& config = problem.config;
-    const std::int64_t elements = problem.rows * config.heads() * config.value_dim * config.key_dim;
-    return staged_rows_bytes(problem) + static_cast<std::size_t>(elements) * size_of(config.dtypes.state);
-  }
-
   void forward(const Call& call) override {
-    const Problem& problem = call.problem;
-    const Arguments& in = *call.arguments;
-    ForwardParams params = parameters(call);
-    const auto stream = static_cast<cudaStream_t>(in.stream);
-    const std::size_t needed = workspace_size(problem);
-    if (needed > 0 && (in.workspace == nullptr || in.workspace_size < needed))
-      throw Error(ErrorCode::invalid_argument, "workspace: expected at least " + std::to_string(needed) + " bytes, got " +
-                                                   std::to_string(in.workspace == nullptr ? 0 : in.workspace_size));
-    const CurrentDevice device(problem.device);
-    if (needed > 0) {
-      params.staged_rows = static_cast<std::int32_t*>(in.workspace);
-      params.staged.data = static_cast<char*>(in.workspace) + staged_rows_bytes(problem);
-      params.staged.dtype = call.state_read.dtype;
-      std::int64_t* strides = params.staged.strides;
-      strides[3] = 1, strides[2] = params.key_dim, strides[1] = params.value_dim * strides[2];
-      strides[0] = params.heads * strides[1];
-      require(launch_stage(params, stream), "launch");
-    }
-    require(launch_forward(params, stream), "launch");
+    ForwardParams params = make_params(call);
+    const CurrentDevice device(call.problem.device);
+    params.fault = fault_record(call.problem.device.index);
+    require(launch_forward(make_plan(params), params, static_cast<cudaStream_t>(call.arguments->stream)), "launch");
   }
 
   void commit(const Config& config, const CommitArguments& in) override {
-    CommitParams params{};
-    params.snapshots = strided(in.snapshots), params.accepted = strided(in.accepted);
-    params.state = strided(in.state), params.write_slots = strided(in.write_slots);
-    params.rows = in.snapshots.shape[0], params.room = in.snapshots.shape[1], params.slots = in.state.shape[0];
-    params.heads = config.heads(), params.key_dim = config.key_dim, params.value_dim = config.value_dim;
-    params.null_slot = config.null_slot;
+    CommitParams params = make_params(config, in);
     const CurrentDevice device(in.snapshots.device);
+    params.fault = fault_record(in.snapshots.device.index);
     require(launch_commit(params, static_cast<cudaStream_t>(in.stream)), "launch");
   }
 

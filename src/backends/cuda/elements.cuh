@@ -4,45 +4,108 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "backends/cuda/arch.cuh"
 #include "backends/cuda/params.hpp"
 
 // Single elements of strided tensors on the device, every offset in 64 bits.
 namespace gatedelta::cuda {
 
-template <class... Index>
-__device__ std::int64_t offset_of(const Strided& tensor, Index... index) {
+/// With index and stride of 32 bits this is one instruction.
+__device__ inline std::int64_t product(std::uint32_t index, std::int32_t stride) {
+  return multiply_wide(static_cast<std::int32_t>(index), stride);
+}
+__device__ inline std::int64_t product(std::int32_t index, std::int32_t stride) {
+  return static_cast<std::int64_t>(index) * stride;
+}
+template <class Index, class Stride>
+__device__ std::int64_t product(Index index, Stride stride) {
+  return static_cast<std::int64_t>(index) * stride;
+}
+
+template <class Any, class... Index>
+__device__ std::int64_t offset_of(const Any& tensor, Index... index) {
   std::int64_t offset = 0;
   int dim = 0;
-  ((offset += static_cast<std::int64_t>(index) * tensor.strides[dim++]), ...);
+  ((offset += product(index, tensor.strides[dim++])), ...);
   return offset;
 }
 
-__device__ inline float load_at(const Strided& tensor, std::int64_t offset) {
-  if (tensor.dtype == DType::f32) return static_cast<const float*>(tensor.data)[offset];
-  if (tensor.dtype == DType::f16) return __half2float(static_cast<const __half*>(tensor.data)[offset]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(tensor.data)[offset]);
+/// h / group for any head.
+__device__ inline unsigned head_of(unsigned h, const Group& group) {
+  return group.reciprocal == 0 ? h : __umulhi(h, group.reciprocal);
 }
 
-__device__ inline void store_at(const Strided& tensor, std::int64_t offset, float value) {
-  if (tensor.dtype == DType::f32)
+/// An element as it lies in memory. Loads and conversions are apart, so that many loads can be under way: a conversion waits.
+struct RawElement {
+  std::uint32_t bits = 0;
+
+  template <class Any>
+  __device__ void fetch(const Any& tensor, std::int64_t offset) {
+    fetch(tensor, tensor.dtype, offset);
+  }
+  template <class Any>
+  __device__ void fetch(const Any& tensor, DType dtype, std::int64_t offset) {
+    if (dtype == DType::f32)
+      bits = static_cast<const std::uint32_t*>(tensor.data)[offset];
+    else
+      bits = static_cast<const std::uint16_t*>(tensor.data)[offset];
+  }
+  __device__ float value(DType dtype) const {
+    if (dtype == DType::f32) return __uint_as_float(bits);
+    if (dtype == DType::f16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+    return __uint_as_float(bits << 16);
+  }
+};
+
+template <class Any>
+__device__ float load_at(const Any& tensor, std::int64_t offset) {
+  RawElement element;
+  element.fetch(tensor, offset);
+  return element.value(tensor.dtype);
+}
+
+template <class Any>
+__device__ void store_at(const Any& tensor, DType dtype, std::int64_t offset, float value) {
+  if (dtype == DType::f32) {
     static_cast<float*>(tensor.data)[offset] = value;
-  else if (tensor.dtype == DType::f16)
-    static_cast<__half*>(tensor.data)[offset] = __float2half_rn(value);
-  else
-    static_cast<__nv_bfloat16*>(tensor.data)[offset] = __float2bfloat16_rn(value);
+    return;
+  }
+  const std::uint16_t bits =
+      dtype == DType::f16 ? __half_as_ushort(__float2half_rn(value)) : __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  static_cast<std::uint16_t*>(tensor.data)[offset] = bits;
+}
+template <class Any>
+__device__ void store_at(const Any& tensor, std::int64_t offset, float value) {
+  store_at(tensor, tensor.dtype, offset, value);
 }
 
-template <class... Index>
-__device__ float load(const Strided& tensor, Index... index) {
+template <class Any, class... Index>
+__device__ float load(const Any& tensor, Index... index) {
   return load_at(tensor, offset_of(tensor, index...));
 }
 
 /// An element of an index tensor, i32 or i64.
-template <class... Index>
-__device__ std::int64_t index_at(const Strided& tensor, Index... index) {
-  const std::int64_t offset = offset_of(tensor, index...);
-  return tensor.dtype == DType::i32 ? static_cast<const std::int32_t*>(tensor.data)[offset]
-                                    : static_cast<const std::int64_t*>(tensor.data)[offset];
+struct RawIndex {
+  std::int32_t low = 0, high = 0;
+
+  template <class Any, class... Index>
+  __device__ void fetch(const Any& tensor, Index... index) {
+    const bool is_long = tensor.dtype == DType::i64;
+    const auto* at = static_cast<const std::int32_t*>(tensor.data) + (offset_of(tensor, index...) << (is_long ? 1 : 0));
+    low = at[0];
+    if (is_long) high = at[1];
+  }
+  __device__ std::int64_t value(DType dtype) const {
+    if (dtype == DType::i32) return low;
+    return static_cast<std::int64_t>(high) * (std::int64_t{1} << 32) + static_cast<std::uint32_t>(low);
+  }
+};
+
+template <class Any, class... Index>
+__device__ std::int64_t index_at(const Any& tensor, Index... index) {
+  RawIndex raw;
+  raw.fetch(tensor, index...);
+  return raw.value(tensor.dtype);
 }
 
 /// Calls function(v, k) for the elements of `rows` x `columns`, spread over the block; neighbouring threads take the dimension

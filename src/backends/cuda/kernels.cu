@@ -1,33 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// All device code, and the launches.
+// The kernels for every case, and the fault record.
 #include "backends/cuda/generic.cuh"
+#include "backends/cuda/plan.hpp"
 
 namespace gatedelta::cuda {
 namespace {
 
-template <class Params>
-cudaError_t launch(void (*kernel)(Params), std::int64_t blocks, std::size_t shared_bytes, const Params& params,
-                   cudaStream_t stream) {
-  if (blocks == 0) return cudaSuccess;
-  void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(block_threads),
-                          arguments, shared_bytes, stream);
-}
+/// Part of the module, so each device has its own and nothing is ever allocated for it.
+__device__ Fault fault_record;
 
 }  // namespace
 
-cudaError_t launch_stage(const ForwardParams& params, cudaStream_t stream) {
-  return launch<ForwardParams>(stage_kernel, params.rows * params.heads, 0, params, stream);
-}
-
-cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
-  const std::int64_t rows = params.rows + (params.cu_seqlens.data != nullptr ? 1 : 0);
-  const auto floats = static_cast<std::size_t>((params.slice_rows + 2) * params.key_dim);
-  return launch<ForwardParams>(forward_kernel, rows * params.heads * params.slices, floats * sizeof(float), params, stream);
-}
+const void* generic_kernel() { return reinterpret_cast<const void*>(forward_kernel); }
 
 cudaError_t launch_commit(const CommitParams& params, cudaStream_t stream) {
-  return launch<CommitParams>(commit_kernel, params.rows * params.heads, 0, params, stream);
+  if (params.rows == 0) return cudaSuccess;
+  void* arguments[] = {const_cast<CommitParams*>(&params)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(commit_kernel), dim3(static_cast<unsigned>(params.rows * params.heads)),
+                          dim3(block_threads), arguments, 0, stream);
+}
+
+cudaError_t find_fault_record(Fault*& out) {
+  void* address = nullptr;
+  const cudaError_t status = cudaGetSymbolAddress(&address, fault_record);
+  out = static_cast<Fault*>(address);
+  return status;
 }
 
 cudaError_t take_fault(Fault& fault, cudaStream_t stream) {

@@ -8,35 +8,12 @@
 
 #include "gatedelta/operator.hpp"
 
+namespace gatedelta {
+struct Call;
+}
+
 // What the host hands to the kernels: plain data, passed by value at the launch.
 namespace gatedelta::cuda {
-
-/// A TensorView without what the host has checked already. data is null where there is no tensor.
-struct Strided {
-  void* data = nullptr;
-  DType dtype = DType::f32;
-  std::int64_t strides[max_rank] = {};
-};
-
-struct ForwardParams {
-  Strided q, k, v, o, a, g, A_log, dt_bias, b, beta;
-  Strided state_read, state_write, read_slots, write_slots, token_slots, accepted, snapshots, cu_seqlens;
-  Strided staged;             ///< [rows,H,V,K] in the workspace: sources that other rows store to
-  std::int32_t* staged_rows;  ///< [rows]: 1 where `staged` is the row's source
-  std::int64_t rows, tokens, slots, token_room, snapshot_room;
-  std::int64_t heads, q_group, k_group, v_group;  ///< H and how many of its heads share one of q, k, v
-  std::int64_t key_dim, value_dim, slice_rows, slices;
-  std::int64_t null_slot;
-  double l2_eps, softplus_beta, softplus_threshold, scale;
-  GateForm gate;
-  BetaForm beta_form;
-  bool l2norm, initial_state, store_final, store_tokens;
-};
-
-struct CommitParams {
-  Strided snapshots, accepted, state, write_slots;
-  std::int64_t rows, room, slots, heads, key_dim, value_dim, null_slot;
-};
 
 enum class FaultKind : int { none, read_slots, write_slots, token_slots, accepted, cu_seqlens, token_room, snapshot_room };
 
@@ -46,12 +23,68 @@ struct Fault {
   long long row, value, limit;
 };
 
-// The launches; all are asynchronous. Each returns the launch's own status.
-cudaError_t launch_stage(const ForwardParams& params, cudaStream_t stream);
-cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream);
-cudaError_t launch_commit(const CommitParams& params, cudaStream_t stream);
-/// Reads the current device's fault record after everything on the stream, and clears it if there is a fault.
-cudaError_t take_fault(Fault& fault, cudaStream_t stream);
+/// A TensorView without what the host has checked already. data is null where there is no tensor.
+template <class Stride, int rank>
+struct Tensor {
+  void* data = nullptr;
+  Stride strides[rank] = {};
+  DType dtype = DType::f32;
+};
+
+/// How many heads of the state share one of a tensor, as 2^32 / count rounded up, or 0 for 1: exact for heads below 2^16.
+struct Group {
+  std::uint32_t count, reciprocal;
+};
+
+/// The fast kernels have strides of 32 bits where that is enough, which halves the address arithmetic, and the members that
+/// every call needs first: each line of parameters that a launch touches is a miss in the constant cache.
+template <class Stride>
+struct Params {
+  Tensor<Stride, 1> read_slots, write_slots;
+  Tensor<std::int64_t, 4> state_read;
+  Tensor<Stride, 4> q, k, v, o;
+  Tensor<Stride, 3> gate, beta;  ///< a or g, b or beta
+  Tensor<Stride, 1> A_log, dt_bias;
+  Tensor<std::int64_t, 4> state_write;
+  Group q_group, k_group, v_group;
+  std::uint32_t first_row;  ///< of this launch
+  std::int32_t value_dim, heads;
+  std::uint32_t span;  ///< value rows of a warp
+  int parts;           ///< of q and k as sums of bfloat16 numbers
+  float l2_eps, softplus_beta, softplus_threshold, scale;
+  DType state_dtype;
+  GateForm gate_form;
+  BetaForm beta_form;
+  bool l2norm, initial_state, store_final, store_tokens;
+  bool vector_keys;  ///< q and k may be loaded 16 bytes at a time
+  bool dependent;    ///< the launch may begin before the one before it has ended
+  std::int64_t slots, null_slot;
+  Fault* fault;  ///< the device's record
+  std::int64_t rows, tokens;
+  Tensor<Stride, 2> token_slots;
+  Tensor<Stride, 1> accepted, cu_seqlens;
+  Tensor<std::int64_t, 5> snapshots;
+  std::int64_t token_room, snapshot_room;
+  std::int32_t key_dim, slice_rows, slices;
+};
+using ForwardParams = Params<std::int64_t>;
+using FastParams = Params<std::int32_t>;
+
+struct CommitParams {
+  Tensor<std::int64_t, 5> snapshots;
+  Tensor<std::int64_t, 4> state;
+  Tensor<std::int64_t, 1> accepted, write_slots;
+  std::int64_t rows, room, slots, heads, key_dim, value_dim, null_slot;
+  Fault* fault;
+};
+
+ForwardParams make_params(const Call& call);
+/// False where a stride does not fit.
+bool narrow(const ForwardParams& params, FastParams& out);
+CommitParams make_params(const Config& config, const CommitArguments& arguments);
+
+constexpr int decode_stages = 4;  ///< slices of a warp that are under way ahead of their use
+constexpr int verify_stages = 3;
 
 /// Value rows of a block, from the sizes alone: results do not depend on the batch.
 constexpr std::int64_t max_key_dim = 3584;  ///< one row of the state, q and k fit into 48 KiB of shared memory

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backends/cuda/plan.hpp"
+
+#include <algorithm>
+#include <iterator>
+
+namespace gatedelta::cuda {
+namespace {
+
+constexpr std::int64_t no_bound = INT64_MAX;
+constexpr std::int64_t max_grid_yz = 65535;
+constexpr std::size_t shared_without_asking = 48 * 1024;
+
+// Measured on an H200 with 16 query and 32 value heads and K = V = 128; bench/tune.cpp prints them.
+constexpr Choice decode_16_bit[] = {{64, {4, 1, 8}}, {512, {4, 1, 32}}, {no_bound, {8, 1, 128}}};
+constexpr Choice decode_32_bit[] = {{64, {4, 1, 4}}, {512, {8, 1, 16}}, {no_bound, {8, 1, 128}}};
+constexpr Choice decode_value_last[] = {{64, {1, 1, 16}}, {no_bound, {1, 1, 128}}};
+constexpr Choice verify_float[] = {{64, {0, 1, 16}}, {no_bound, {0, 1, 128}}};
+constexpr Choice verify_packed[] = {{64, {0, 1, 16}}, {no_bound, {0, 1, 128}}};
+
+template <std::size_t N>
+constexpr Choices all(const Choice (&rows)[N]) {
+  return {std::begin(rows), std::end(rows)};
+}
+
+/// Whether every vector of 16 bytes (or of `width` elements, if that is less) along the dimension `along` is aligned.
+template <int rank>
+bool has_vectors(const Tensor<std::int64_t, rank>& tensor, int along, std::int64_t width) {
+  const auto size = static_cast<std::int64_t>(size_of(tensor.dtype));
+  const std::int64_t bytes = std::min<std::int64_t>(16, width * size);
+  if (tensor.strides[along] != 1 || reinterpret_cast<std::uintptr_t>(tensor.data) % static_cast<std::uintptr_t>(bytes) != 0)
+    return false;
+  for (int dim = 0; dim < rank; ++dim)
+    if (dim != along && tensor.strides[dim] * size % bytes != 0) return false;
+  return true;
+}
+
+/// Whether all states of the call have vectors along this one of their last two dimensions (0: V, 1: K).
+bool states_have_vectors(const ForwardParams& p, int dimension) {
+  const auto width = static_cast<std::int64_t>(16 / size_of(p.state_dtype));
+  const auto good = [&]<int rank>(const Tensor<std::int64_t, rank>& tensor) {
+    return tensor.data == nullptr || has_vectors(tensor, rank - 2 + dimension, width);
+  };
+  return good(p.state_read) && good(p.state_write) && good(p.snapshots);
+}
+
+int parts_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
+
+VerifyKernel verify_kernel(DType state, std::int64_t key_dim, bool value_last, int token_tile, bool keeps_float, bool common) {
+  switch (state) {
+    case DType::f32:
+      return verify_kernel_of<DType::f32>(key_dim, value_last, token_tile, keeps_float, common);
+    case DType::f16:
+      return verify_kernel_of<DType::f16>(key_dim, value_last, token_tile, keeps_float, common);
+    default:
+      return verify_kernel_of<DType::bf16>(key_dim, value_last, token_tile, keeps_float, common);
+  }
+}
+
+const void* decode_kernel(DType state, std::int64_t key_dim, bool value_last, int rows_a_lane, bool common) {
+  switch (state) {
+    case DType::f32:
+      return decode_kernel_of<DType::f32>(key_dim, value_last, rows_a_lane, common);
+    case DType::f16:
+      return decode_kernel_of<DType::f16>(key_dim, value_last, rows_a_lane, common);
+    default:
+      return decode_kernel_of<DType::bf16>(key_dim, value_last, rows_a_lane, common);
+  }
+}
+
+struct Launch {
+  const void* function = nullptr;
+  dim3 grid;
+  unsigned threads = 0;
+  std::size_t shared_bytes = 0;
+};
+
+cudaError_t launch(const Launch& what, bool dependent, void* params, cudaStream_t stream) {
+  if (what.shared_bytes > shared_without_asking) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(what.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(what.shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = what.grid;
+  config.blockDim = dim3(what.threads);
+  config.dynamicSmemBytes = what.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  void* arguments[] = {params};
+  return cudaLaunchKernelExC(&config, what.function, arguments);
+}
+
+}  // namespace
+
+Choices choices(Kernel kernel, DType state, bool value_last, bool keeps_float) {
+  if (kernel == Kernel::verify) return keeps_float ? all(verify_float) : all(verify_packed);
+  if (value_last) return all(decode_value_last);
+  return state == DType::f32 ? all(decode_32_bit) : all(decode_16_bit);
+}
+
+Plan make_plan(const ForwardParams& p) {
+  Plan plan;
+  const bool key_dim = p.key_dim == 64 || p.key_dim == 128 || p.key_dim == 256;
+  if (!key_dim || p.value_dim % 32 != 0 || p.heads > max_grid_yz || p.tokens > INT32_MAX) return plan;
+  if (states_have_vectors(p, 1))
+    plan.value_last = false;
+  else if (states_have_vectors(p, 0))
+    plan.value_last = true;
+  else
+    return plan;
+
+  const auto bfloat = [](const auto& tensor) { return tensor.data == nullptr || tensor.dtype == DType::bf16; };
+  plan.common = p.vector_keys && p.v.strides[3] == 1 && p.o.strides[3] == 1 && bfloat(p.q) && bfloat(p.k) && bfloat(p.v) &&
+                bfloat(p.o) && bfloat(p.gate) && bfloat(p.beta);
+  const auto gapless = [&](const auto& tensor, int row) { return tensor.data == nullptr || tensor.strides[row] == p.key_dim; };
+  if (!plan.value_last)
+    plan.common = plan.common && gapless(p.state_read, 2) && gapless(p.state_write, 2) && gapless(p.snapshots, 3);
+  const bool stores_each = p.store_tokens || p.snapshots.data != nullptr;
+  const bool variable = p.cu_seqlens.data != nullptr;
+  plan.kernel = !variable && p.tokens == 1 ? Kernel::decode : Kernel::verify;
+  if (plan.kernel == Kernel::decode)
+    plan.common = plan.common && !stores_each && p.accepted.data == nullptr && p.l2norm && p.gate_form == GateForm::raw &&
+                  p.beta_form == BetaForm::logits;
+  if (plan.kernel == Kernel::verify) {
+    plan.token_tile = p.tokens <= 8 ? 8 : 16;
+    plan.keeps_float = stores_each || !plan.common || p.tokens > 16 || p.state_dtype != DType::bf16 || plan.value_last;
+  }
+  const Choices rows = choices(plan.kernel, p.state_dtype, plan.value_last, plan.keeps_float);
+  plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
+  return plan;
+}
+
+cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaStream_t stream) {
+  // Behind the last row of cu_seqlens there are the blocks of the tokens of no sequence.
+  const std::int64_t rows = params.rows + (params.cu_seqlens.data != nullptr ? 1 : 0);
+  if (rows == 0) return cudaSuccess;
+  Launch what;
+  FastParams p;
+  if (plan.kernel == Kernel::generic || !narrow(params, p)) {
+    what.function = generic_kernel();
+    what.threads = 256;
+    what.grid = dim3(static_cast<unsigned>(rows * params.heads * params.slices));
+    what.shared_bytes = static_cast<std::size_t>((params.slice_rows + 2) * params.key_dim) * sizeof(float);
+    return launch(what, params.dependent, const_cast<ForwardParams*>(&params), stream);
+  }
+  std::int64_t slice = 0;
+  if (plan.kernel == Kernel::decode) {
+    const std::int64_t width = static_cast<std::int64_t>(16 / size_of(p.state_dtype));
+    what.function = decode_kernel(p.state_dtype, p.key_dim, plan.value_last, plan.shape.rows_a_lane, plan.common);
+    what.threads = 32 * static_cast<unsigned>(plan.shape.warps);
+    slice = plan.value_last ? (p.key_dim == 64 ? 4 : 256 / p.key_dim) * width
+                            : plan.shape.rows_a_lane * std::max<std::int64_t>(1, 32 * width / p.key_dim);
+    what.shared_bytes = static_cast<std::size_t>(decode_stages * plan.shape.warps * slice * p.key_dim) * size_of(p.state_dtype);
+  } else {
+    const VerifyKernel kernel =
+        verify_kernel(p.state_dtype, p.key_dim, plan.value_last, plan.token_tile, plan.keeps_float, plan.common);
+    what.function = kernel.function;
+    what.threads = 32;
+    slice = kernel.warp_rows;
+    p.parts = std::max(parts_of(p.q.dtype), parts_of(p.k.dtype));
+    what.shared_bytes = kernel.tile_bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
+    if (p.store_tokens || p.snapshots.data != nullptr)
+      what.shared_bytes += static_cast<std::size_t>(plan.token_tile * slice) * sizeof(float);
+  }
+  p.span = static_cast<std::uint32_t>((plan.shape.span + slice - 1) / slice * slice);
+  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * (what.threads / 32);
+  what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows), static_cast<unsigned>(p.heads));
+  for (std::int64_t first = 0; first < rows; first += max_grid_yz) {
+    p.first_row = static_cast<std::uint32_t>(first);
+    what.grid.z = static_cast<unsigned>(std::min(rows - first, max_grid_yz));
+    const cudaError_t status = launch(what, p.dependent, &p, stream);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace gatedelta::cuda

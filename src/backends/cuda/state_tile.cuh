@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <type_traits>
+
+#include "backends/cuda/arch.cuh"
+#include "backends/cuda/vectors.cuh"
+
+namespace gatedelta::cuda {
+
+/// The part of a head's state that a warp has, as the fragments of matrix products want it: one or two groups ("halves") of 8
+/// value rows, and all of K. With g = lane / 4 and c = lane % 4 a lane has one row of each half, and of it the keys width (c +
+/// 4i) ... width (c + 4i) + width - 1 for each run i. Matrix products do not care for the order of what they sum over, so a
+/// lane's pairs of neighbouring keys may come out of one vector of memory.
+template <class State, int key_dim, bool value_last, bool keeps_float>
+struct StateTile {
+  static constexpr int width = lanes_of<State>;
+  static constexpr int halves = key_dim == 256 && (keeps_float || value_last) ? 1 : 2;  ///< as registers allow
+  static constexpr int warp_rows = 8 * halves;
+  static constexpr int runs = key_dim / (4 * width);
+  /// As how many bfloat16 numbers an element of the state is kept.
+  static constexpr int parts = sizeof(State) == 4 ? 3 : std::is_same_v<State, __nv_bfloat16> ? 1 : 2;
+  /// V-last: neighbouring lanes and the halves share a vector along V of this many elements.
+  static constexpr int vector_values = 2 * halves;
+  /// Between a lane's rows in the two halves.
+  static constexpr int half_step = value_last ? 2 : 8;
+  static constexpr int words = value_last ? vector_values * static_cast<int>(sizeof(State)) / 4 : 4;
+  static constexpr int vectors = value_last ? runs * width / 2 : halves * runs;
+
+  __device__ static constexpr int row_of(int half, int g) {
+    return value_last ? vector_values * (g / 2) + 2 * half + g % 2 : 8 * half + g;
+  }
+  // Where a lane's vectors are, from the warp's first row: at lane_offset() + step(vector).
+  // V-last, the key whose vector along V a lane loads is such that after the transposition pair j of run i is where it must be.
+  __device__ static std::int64_t lane_offset(int lane, std::int64_t v_stride, std::int64_t k_stride) {
+    const int g = lane / 4, c = lane % 4;
+    return value_last ? (width * (g / 2) + g % 2) * k_stride + vector_values * c : g * v_stride + width * c;
+  }
+  __device__ static std::int64_t step(int vector, std::int64_t v_stride, std::int64_t k_stride) {
+    if constexpr (value_last) return (4 * width * (vector / (width / 2)) + 2 * (vector % (width / 2))) * k_stride;
+    return 8 * (vector / runs) * v_stride + 4 * width * (vector % runs);
+  }
+
+  std::uint32_t raw[vectors][words];
+
+  __device__ void clear() {
+#pragma unroll
+    for (auto& vector : raw)
+#pragma unroll
+      for (std::uint32_t& word : vector) word = 0;
+  }
+
+  /// A run of what was fetched from a K-last state, as float32.
+  __device__ void widen_to(float (&s)[width], int half, int i) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const std::uint32_t word = raw[half * runs + i][j];
+      if constexpr (width == 8)
+        widen(word, s[2 * j], s[2 * j + 1], State{});
+      else
+        s[j] = __uint_as_float(word);
+    }
+  }
+  __device__ void widen_to(float (&s)[halves][runs][width]) const {
+#pragma unroll
+    for (int i = 0; i < runs; ++i)
+#pragma unroll
+      for (int half = 0; half < halves; ++half) {
+        if constexpr (!value_last) {
+          widen_to(s[half][i], half, i);
+        } else {
+#pragma unroll
+          for (int j = 0; j < width / 2; ++j) {
+            const auto& vector = raw[i * (width / 2) + j];
+            float &low = s[half][i][2 * j], &high = s[half][i][2 * j + 1];
+            if constexpr (width == 8) {
+              widen(transposed(vector[half]), low, high, State{});
+            } else {
+              low = __uint_as_float(vector[2 * half]), high = __uint_as_float(vector[2 * half + 1]);
+              transpose(low, high);
+            }
+          }
+        }
+      }
+  }
+
+  /// Calls store_vector(step, values) for each of the lane's vectors.
+  template <class Store>
+  __device__ static void store(Store store_vector, std::int64_t v_stride, std::int64_t k_stride,
+                               const float (&s)[halves][runs][width]) {
+    if constexpr (value_last) {
+#pragma unroll
+      for (int vector = 0; vector < vectors; ++vector) {
+        const int i = vector / (width / 2), j = vector % (width / 2);
+        float x[vector_values];
+#pragma unroll
+        for (int half = 0; half < halves; ++half) {
+          x[2 * half] = s[half][i][2 * j], x[2 * half + 1] = s[half][i][2 * j + 1];
+          transpose(x[2 * half], x[2 * half + 1]);
+        }
+        store_vector(step(vector, v_stride, k_stride), x);
+      }
+    } else {
+#pragma unroll
+      for (int vector = 0; vector < vectors; ++vector)
+        store_vector(step(vector, v_stride, k_stride), s[vector / runs][vector % runs]);
+    }
+  }
+
+ private:
+  /// Of 8 x 8 float32 values, by halves of 16 bits.
+  __device__ static void transpose(float& low, float& high) {
+    const std::uint32_t x = __float_as_uint(low), y = __float_as_uint(high);
+    const std::uint32_t lower = transposed(__byte_perm(x, y, 0x5410)), upper = transposed(__byte_perm(x, y, 0x7632));
+    low = __uint_as_float(__byte_perm(lower, upper, 0x5410));
+    high = __uint_as_float(__byte_perm(lower, upper, 0x7632));
+  }
+};
+
+}  // namespace gatedelta::cuda

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_pipeline_primitives.h>
+
+#include "backends/cuda/elements.cuh"
+
+// 16 bytes of a tensor at a time.
+namespace gatedelta::cuda {
+
+/// Elements of a 16-byte vector.
+template <class Element>
+constexpr int lanes_of = 16 / static_cast<int>(sizeof(Element));
+
+__device__ inline void widen(std::uint32_t two, float& low, float& high, __nv_bfloat16) {
+  low = __uint_as_float(two << 16);
+  high = __uint_as_float(two & 0xffff0000u);
+}
+__device__ inline void widen(std::uint32_t two, float& low, float& high, __half) {
+  const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&two));
+  low = values.x;
+  high = values.y;
+}
+__device__ inline std::uint32_t narrow(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const std::uint32_t*>(&two);
+}
+__device__ inline std::uint32_t narrow(float low, float high, __half) {
+  const __half2 two = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const std::uint32_t*>(&two);
+}
+
+template <class Element>
+__device__ void unpack(const std::uint32_t (&words)[4], float (&out)[lanes_of<Element>]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(Element) == 4)
+      out[i] = __uint_as_float(words[i]);
+    else
+      widen(words[i], out[2 * i], out[2 * i + 1], Element{});
+  }
+}
+
+template <class Element>
+__device__ uint4 pack(const float (&in)[lanes_of<Element>]) {
+  std::uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(Element) == 4)
+      words[i] = __float_as_uint(in[i]);
+    else
+      words[i] = narrow(in[2 * i], in[2 * i + 1], Element{});
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+/// N neighbouring elements (4 or a multiple of 8) of a tensor as they lie in memory. With `vector` they are contiguous, and
+/// aligned for vectors of 4 elements, or 8 where N is more.
+template <int N>
+struct RawRun {
+  std::uint32_t words[N];
+
+  template <class Any>
+  __device__ void fetch(const Any& tensor, DType dtype, std::int64_t offset, std::int64_t stride, bool vector) {
+    if (!vector) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        RawElement element;
+        element.fetch(tensor, dtype, offset + i * stride);
+        words[i] = element.bits;
+      }
+    } else if (dtype == DType::f32) {
+      fetch_words<N>(static_cast<const float*>(tensor.data) + offset);
+    } else {
+      fetch_words<N / 2>(static_cast<const std::uint16_t*>(tensor.data) + offset);
+    }
+  }
+
+  __device__ void widen_to(float (&out)[N], DType dtype, bool vector) const {
+    if (!vector || dtype == DType::f32) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) out[i] = RawElement{words[i]}.value(dtype);
+    } else if (dtype == DType::f16) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) widen(words[i], out[2 * i], out[2 * i + 1], __half{});
+    } else {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) widen(words[i], out[2 * i], out[2 * i + 1], __nv_bfloat16{});
+    }
+  }
+
+ private:
+  template <int count>
+  __device__ void fetch_words(const void* from) {
+    if constexpr (count == 2) {
+      const uint2 vector = *static_cast<const uint2*>(from);
+      words[0] = vector.x, words[1] = vector.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < count / 4; ++i) {
+        const uint4 vector = static_cast<const uint4*>(from)[i];
+        words[4 * i] = vector.x, words[4 * i + 1] = vector.y, words[4 * i + 2] = vector.z, words[4 * i + 3] = vector.w;
+      }
+    }
+  }
+};
+
+/// Stages of a ring in shared memory that vectors of global memory are copied into ahead of their use, without registers that
+/// wait for them. Each lane has its own vectors and reads back what it copied itself, so no barrier is needed.
+template <int vectors, int words, int stages>
+class Ring {
+ public:
+  static constexpr std::size_t bytes = std::size_t{4} * stages * vectors * 32 * words;
+
+  /// In the shared memory of a warp.
+  __device__ Ring(void* shared, unsigned lane) : memory_(static_cast<std::uint32_t*>(shared) + lane * words) {}
+
+  /// Starts the copy of one stage: from(i) is where vector i is. Every call counts for wait(), also one without vectors.
+  template <class From>
+  __device__ void fetch(unsigned stage, bool any, From from) {
+    if (any)
+#pragma unroll
+      for (int i = 0; i < vectors; ++i) __pipeline_memcpy_async(at(stage, i), from(i), 4 * words);
+    __pipeline_commit();
+  }
+  /// Until the oldest of the last `stages` copies is there.
+  __device__ static void wait() { __pipeline_wait_prior(stages - 1); }
+  __device__ void read(unsigned stage, std::uint32_t (&out)[vectors][words]) const {
+#pragma unroll
+    for (int i = 0; i < vectors; ++i) {
+      const std::uint32_t* const from = at(stage, i);
+      if constexpr (words == 4) {
+        const uint4 vector = *reinterpret_cast<const uint4*>(from);
+        out[i][0] = vector.x, out[i][1] = vector.y, out[i][2] = vector.z, out[i][3] = vector.w;
+      } else {
+#pragma unroll
+        for (int j = 0; j < words; ++j) out[i][j] = from[j];
+      }
+    }
+  }
+
+ private:
+  __device__ std::uint32_t* at(unsigned stage, int i) const { return memory_ + (stage * vectors + i) * (32 * words); }
+
+  std::uint32_t* const memory_;
+};
+
+/// A number of words to or from memory that is not used again soon.
+template <int count>
+__device__ void load_words(const void* from, std::uint32_t* words) {
+  if constexpr (count == 1) {
+    words[0] = __ldcs(static_cast<const std::uint32_t*>(from));
+  } else if constexpr (count == 2) {
+    const uint2 vector = __ldcs(static_cast<const uint2*>(from));
+    words[0] = vector.x, words[1] = vector.y;
+  } else {
+    static_assert(count % 4 == 0);
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+      const uint4 vector = __ldcs(static_cast<const uint4*>(from) + i / 4);
+      words[i] = vector.x, words[i + 1] = vector.y, words[i + 2] = vector.z, words[i + 3] = vector.w;
+    }
+  }
+}
+template <int count>
+__device__ void store_words(void* to, const std::uint32_t* words) {
+  if constexpr (count == 1) {
+    __stcs(static_cast<std::uint32_t*>(to), words[0]);
+  } else if constexpr (count == 2) {
+    __stcs(static_cast<uint2*>(to), make_uint2(words[0], words[1]));
+  } else {
+    static_assert(count % 4 == 0);
+#pragma unroll
+    for (int i = 0; i < count; i += 4)
+      __stcs(static_cast<uint4*>(to) + i / 4, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
+  }
+}
+
+/// N (2, 4 or 8) contiguous elements of a state.
+template <class Element, int N>
+__device__ void store_as(void* data, std::int64_t offset, const float (&in)[N]) {
+  constexpr int words_count = N * static_cast<int>(sizeof(Element)) / 4;
+  std::uint32_t words[words_count];
+#pragma unroll
+  for (int i = 0; i < words_count; ++i) {
+    if constexpr (sizeof(Element) == 4)
+      words[i] = __float_as_uint(in[i]);
+    else
+      words[i] = narrow(in[2 * i], in[2 * i + 1], Element{});
+  }
+  store_words<words_count>(static_cast<Element*>(data) + offset, words);
+}
+template <int N, class Any>
+__device__ void store_run(const Any& tensor, std::int64_t offset, const float (&in)[N]) {
+  if (tensor.dtype == DType::bf16)
+    store_as<__nv_bfloat16>(tensor.data, offset, in);
+  else if (tensor.dtype == DType::f16)
+    store_as<__half>(tensor.data, offset, in);
+  else
+    store_as<float>(tensor.data, offset, in);
+}
+
+}  // namespace gatedelta::cuda
