@@ -30,6 +30,7 @@ struct DecodeTile {
   static constexpr int vectors = rows * keys / width;
   /// A lane's keys are runs of `run` neighbours, key_lanes * run apart.
   static constexpr int run = value_last ? keys : width;
+  static constexpr unsigned stages = decode_stages(value_last);
   static_assert(rows <= key_lanes);
 
   __device__ static unsigned key_lane(unsigned lane) { return value_last ? lane / value_lanes : lane % key_lanes; }
@@ -81,13 +82,13 @@ __device__ __forceinline__ void spread_sums(float (&x)[Size], unsigned lane) {
 }
 
 template <class Tile>
-using DecodeRing = Ring<Tile::vectors, 4, decode_stages>;
+using DecodeRing = Ring<Tile::vectors, 4, Tile::stages>;
 
 /// `common`: the call of a model. q, k, v, o, the gate and beta are bfloat16, q and k come in vectors, v and o are contiguous,
 /// a K-last state has no gaps between its rows, the gate is raw and beta are logits, q and k are normalised, and the state goes
 /// to one slot. For that, half of the instructions are enough.
 template <class State, int key_dim, bool value_last, int rows_a_lane, bool common>
-__global__ void __launch_bounds__(32 * decode_max_warps) decode_kernel(const __grid_constant__ FastParams p) {
+__global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const __grid_constant__ FastParams p) {
   using Tile = DecodeTile<State, key_dim, value_last, rows_a_lane>;
   constexpr int rows = Tile::rows, keys = Tile::keys, width = Tile::width, last = Tile::key_lane_step;
   constexpr int first = last * Tile::key_lanes / 2, runs = keys / Tile::run;
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(32 * decode_max_warps) decode_kernel(const __g
     reads = slots.source >= 0 && p.initial_state;
     if (reads) from += offset_of(p.state_read, slots.source, h);
 #pragma unroll
-    for (unsigned stage = 0; stage < decode_stages; ++stage) fetch_state(stage, stage * Tile::warp_rows);
+    for (unsigned stage = 0; stage < Tile::stages; ++stage) fetch_state(stage, stage * Tile::warp_rows);
   };
   // The kernel before may be writing the inputs of a dependent launch, but neither slots nor states.
   if (p.dependent) {
@@ -199,8 +200,8 @@ __global__ void __launch_bounds__(32 * decode_max_warps) decode_kernel(const __g
         sums[2 * Tile::row_at(i, e) + 1] += s[e] * q[Tile::key_at(i, e)];
       }
     }
-    fetch_state(stage, done + decode_stages * Tile::warp_rows);
-    stage = stage + 1 == decode_stages ? 0 : stage + 1;
+    fetch_state(stage, done + Tile::stages * Tile::warp_rows);
+    stage = stage + 1 == Tile::stages ? 0 : stage + 1;
     spread_sums<first, last, 2 * rows>(sums, lane);
     float recalled = sums[0], read_out = sums[1];
     if constexpr (2 * rows <= Tile::key_lanes) {  // then a lane has one of the two sums

@@ -83,8 +83,9 @@ ForwardParams make_params(const Call& call);
 bool narrow(const ForwardParams& params, FastParams& out);
 CommitParams make_params(const Config& config, const CommitArguments& arguments);
 
-constexpr int decode_stages = 4;  ///< slices of a warp that are under way ahead of their use
-constexpr int verify_stages = 3;
+/// Slices of a warp that are under way ahead of their use.
+constexpr unsigned decode_stages(bool value_last) { return value_last ? 1 : 2; }
+constexpr int verify_stages = 2;
 
 /// Value rows of a block, from the sizes alone: results do not depend on the batch.
 constexpr std::int64_t max_key_dim = 3584;  ///< one row of the state, q and k fit into 48 KiB of shared memory

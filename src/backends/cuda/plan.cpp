@@ -12,11 +12,15 @@ constexpr std::int64_t max_grid_yz = 65535;
 constexpr std::size_t shared_without_asking = 48 * 1024;
 
 // Measured on an H200 with 16 query and 32 value heads and K = V = 128; bench/tune.cpp prints them.
-constexpr Choice decode_16_bit[] = {{64, {4, 1, 8}}, {512, {4, 1, 32}}, {no_bound, {8, 1, 128}}};
-constexpr Choice decode_32_bit[] = {{64, {4, 1, 4}}, {512, {8, 1, 16}}, {no_bound, {8, 1, 128}}};
-constexpr Choice decode_value_last[] = {{64, {1, 1, 16}}, {no_bound, {1, 1, 128}}};
-constexpr Choice verify_float[] = {{64, {0, 1, 16}}, {no_bound, {0, 1, 128}}};
-constexpr Choice verify_packed[] = {{64, {0, 1, 16}}, {no_bound, {0, 1, 128}}};
+constexpr Choice decode_16_bit[] = {
+    {32, {2, 1, 4}}, {128, {4, 2, 8}}, {256, {8, 4, 16}}, {512, {8, 4, 32}}, {no_bound, {8, 1, 16}},
+};
+constexpr Choice decode_32_bit[] = {
+    {32, {4, 2, 4}}, {256, {8, 2, 8}}, {512, {8, 1, 32}}, {2048, {4, 2, 4}}, {4096, {8, 1, 8}}, {no_bound, {8, 1, 32}},
+};
+constexpr Choice decode_value_last[] = {{64, {1, 1, 16}}, {no_bound, {1, 4, 16}}};
+constexpr Choice verify_float[] = {{256, {0, 1, 16}}, {no_bound, {0, 1, 64}}};
+constexpr Choice verify_packed[] = {{256, {0, 1, 16}}, {1024, {0, 1, 64}}, {no_bound, {0, 1, 128}}};
 
 template <std::size_t N>
 constexpr Choices all(const Choice (&rows)[N]) {
@@ -42,6 +46,12 @@ bool states_have_vectors(const ForwardParams& p, int dimension) {
     return tensor.data == nullptr || has_vectors(tensor, rank - 2 + dimension, width);
   };
   return good(p.state_read) && good(p.state_write) && good(p.snapshots);
+}
+
+/// Whether two neighbouring values can be loaded or stored at once.
+bool pairs(const Tensor<std::int64_t, 4>& tensor) {
+  return tensor.strides[3] == 1 && reinterpret_cast<std::uintptr_t>(tensor.data) % (2 * size_of(tensor.dtype)) == 0 &&
+         std::all_of(tensor.strides, tensor.strides + 3, [](std::int64_t stride) { return stride % 2 == 0; });
 }
 
 int parts_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
@@ -115,8 +125,8 @@ Plan make_plan(const ForwardParams& p) {
     return plan;
 
   const auto bfloat = [](const auto& tensor) { return tensor.data == nullptr || tensor.dtype == DType::bf16; };
-  plan.common = p.vector_keys && p.v.strides[3] == 1 && p.o.strides[3] == 1 && bfloat(p.q) && bfloat(p.k) && bfloat(p.v) &&
-                bfloat(p.o) && bfloat(p.gate) && bfloat(p.beta);
+  plan.common = p.vector_keys && pairs(p.v) && pairs(p.o) && bfloat(p.q) && bfloat(p.k) && bfloat(p.v) && bfloat(p.o) &&
+                bfloat(p.gate) && bfloat(p.beta);
   const auto gapless = [&](const auto& tensor, int row) { return tensor.data == nullptr || tensor.strides[row] == p.key_dim; };
   if (!plan.value_last)
     plan.common = plan.common && gapless(p.state_read, 2) && gapless(p.state_write, 2) && gapless(p.snapshots, 3);
@@ -127,8 +137,10 @@ Plan make_plan(const ForwardParams& p) {
     plan.common = plan.common && !stores_each && p.accepted.data == nullptr && p.l2norm && p.gate_form == GateForm::raw &&
                   p.beta_form == BetaForm::logits;
   if (plan.kernel == Kernel::verify) {
-    plan.token_tile = p.tokens <= 8 ? 8 : 16;
-    plan.keeps_float = stores_each || !plan.common || p.tokens > 16 || p.state_dtype != DType::bf16 || plan.value_last;
+    // As registers allow. A row's tokens are cut into the same turns whatever else the call has.
+    const int widest = p.key_dim == 256 ? 8 : 16;
+    plan.token_tile = p.tokens <= 8 ? 8 : widest;
+    plan.keeps_float = stores_each || !plan.common || p.tokens > widest || p.state_dtype != DType::bf16 || plan.value_last;
   }
   const Choices rows = choices(plan.kernel, p.state_dtype, plan.value_last, plan.keeps_float);
   plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
@@ -140,7 +152,7 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
   const std::int64_t rows = params.rows + (params.cu_seqlens.data != nullptr ? 1 : 0);
   if (rows == 0) return cudaSuccess;
   Launch what;
-  FastParams p;
+  FastParams p{};
   if (plan.kernel == Kernel::generic || !narrow(params, p)) {
     what.function = generic_kernel();
     what.threads = 256;
@@ -153,9 +165,10 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
     const std::int64_t width = static_cast<std::int64_t>(16 / size_of(p.state_dtype));
     what.function = decode_kernel(p.state_dtype, p.key_dim, plan.value_last, plan.shape.rows_a_lane, plan.common);
     what.threads = 32 * static_cast<unsigned>(plan.shape.warps);
-    slice = plan.value_last ? (p.key_dim == 64 ? 4 : 256 / p.key_dim) * width
+    slice = plan.value_last ? (p.key_dim <= 128 ? 4 : 2) * width
                             : plan.shape.rows_a_lane * std::max<std::int64_t>(1, 32 * width / p.key_dim);
-    what.shared_bytes = static_cast<std::size_t>(decode_stages * plan.shape.warps * slice * p.key_dim) * size_of(p.state_dtype);
+    what.shared_bytes = static_cast<std::size_t>(decode_stages(plan.value_last)) *
+                        static_cast<std::size_t>(plan.shape.warps * slice * p.key_dim) * size_of(p.state_dtype);
   } else {
     const VerifyKernel kernel =
         verify_kernel(p.state_dtype, p.key_dim, plan.value_last, plan.token_tile, plan.keeps_float, plan.common);

@@ -30,6 +30,8 @@ struct StateTile {
   __device__ static constexpr int row_of(int half, int g) {
     return value_last ? vector_values * (g / 2) + 2 * half + g % 2 : 8 * half + g;
   }
+  /// Of the warp's rows, the first of the two neighbours that a lane has of a product with this half.
+  __device__ static constexpr int value_of(int half, int c) { return row_of(half, 2 * c); }
   // Where a lane's vectors are, from the warp's first row: at lane_offset() + step(vector).
   // V-last, the key whose vector along V a lane loads is such that after the transposition pair j of run i is where it must be.
   __device__ static std::int64_t lane_offset(int lane, std::int64_t v_stride, std::int64_t k_stride) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "backends/cuda/arch.cuh"
 #include "backends/cuda/gates.cuh"
 #include "backends/cuda/vectors.cuh"
 
@@ -30,73 +29,88 @@ __device__ inline Pair take_upper(float& low, float& high) {
   return __byte_perm(first, take_upper(high), 0x7632);
 }
 
-/// `common`: q, k, the gate and beta are bfloat16, and q and k come in vectors.
+/// A pair of a key and the same of a query, twice: the fragment of a product of 8 keys and 8 queries.
+struct KeyQuery {
+  Pair key0, query0, key1, query1;
+};
+
+/// `width`: of a vector of the state, which decides what a warp reads at a time. `common` as for decode_kernel.
 template <int key_dim, int token_tile, int width, bool common>
 class TokenTile {
  public:
   static constexpr int groups = token_tile / 8;
-  /// Rows of keys 16 bytes * 4 apart in the banks, so that the 8 rows that a warp reads at a time do not collide.
-  static constexpr int pitch = key_dim + 4 * width;
 
   __host__ __device__ static constexpr std::size_t bytes(int parts) {
-    return sizeof(Tables) + static_cast<std::size_t>(parts) * 2 * token_tile * pitch * sizeof(std::uint16_t);
+    return sizeof(Tables) + static_cast<std::size_t>(parts) * token_tile * pitch * sizeof(Pair);
   }
 
   /// In dynamic shared memory of bytes(parts).
   __device__ TokenTile(void* shared, const FastParams& p)
-      : tables_(*static_cast<Tables*>(shared)), vectors_(reinterpret_cast<std::uint16_t*>(&tables_ + 1)), p_(p) {}
+      : tables_(*static_cast<Tables*>(shared)), vectors_(reinterpret_cast<Pair*>(&tables_ + 1)), p_(p) {}
 
   __device__ int parts() const { return common ? 1 : p_.parts; }
 
   /// Fetches `count` tokens from `first` of a row and works out their coefficients. One warp; the memory is its own.
   __device__ void load(unsigned batch, unsigned first, int count, unsigned h, int lane) {
-    constexpr int pieces = key_dim / 8, turns = 2 * token_tile * pieces / 32, batch_turns = 4;
+    constexpr int pieces = key_dim / 8, turns = token_tile * pieces / 32, batch_turns = turns < 2 ? turns : 2;
+    const DType k_dtype = common ? DType::bf16 : p_.k.dtype, q_dtype = common ? DType::bf16 : p_.q.dtype;
+    const bool vector_keys = common || p_.vector_keys;
+    const int k_along = vector_keys ? 1 : p_.k.strides[3], q_along = vector_keys ? 1 : p_.q.strides[3];
     __syncwarp();
-    load_gates(batch, first, count, h, lane);
+    GateInputs gates;
+    if (lane < count) gates.fetch(p_, batch, first + static_cast<unsigned>(lane), h);
+    const std::int64_t k_at = offset_of(p_.k, batch, first, head_of(h, p_.k_group));
+    const std::int64_t q_at = offset_of(p_.q, batch, first, head_of(h, p_.q_group));
 #pragma unroll 1
     for (int turn = 0; turn < turns; turn += batch_turns) {
-      if (Piece(turn, 0).t >= count) {  // all that follows is zero
-        for (int i = turn; i < turns; ++i) {
-          const Piece piece(i, lane);
-          for (int part = 0; part < parts(); ++part) *place(piece, part) = {0, 0, 0, 0};
-        }
-        break;
-      }
       // All loads of a few turns are under way at once.
-      RawRun<8> raw[batch_turns];
+      RawRun<8> keys[batch_turns], queries[batch_turns];
 #pragma unroll
       for (int i = 0; i < batch_turns; ++i) {
-        const Piece piece(turn + i, lane);
-        const auto& from = piece.of_query ? p_.q : p_.k;
-        const int along = vector_keys() ? 1 : from.strides[3];
-        if (piece.t < count)
-          raw[i].fetch(from, common ? DType::bf16 : from.dtype,
-                       offset_of(from, batch, first + piece.t, head_of(h, piece.of_query ? p_.q_group : p_.k_group)) +
-                           product(piece.key, along),
-                       along, vector_keys());
+        const int unit = 32 * (turn + i) + lane, t = unit / pieces, piece = 8 * (unit % pieces);
+        if (t >= count) continue;
+        keys[i].fetch(p_.k, k_dtype, k_at + product(t, p_.k.strides[1]) + product(piece, k_along), k_along, vector_keys);
+        queries[i].fetch(p_.q, q_dtype, q_at + product(t, p_.q.strides[1]) + product(piece, q_along), q_along, vector_keys);
       }
 #pragma unroll
       for (int i = 0; i < batch_turns; ++i) {
-        const Piece piece(turn + i, lane);
-        const auto& from = piece.of_query ? p_.q : p_.k;
-        float x[8] = {};
-        if (piece.t < count) raw[i].widen_to(x, common ? DType::bf16 : from.dtype, vector_keys());
-        float squares = 0;
+        const int unit = 32 * (turn + i) + lane, t = unit / pieces, piece = 8 * (unit % pieces);
+        float k[8] = {}, q[8] = {};
+        if (t < count) {
+          keys[i].widen_to(k, k_dtype, vector_keys);
+          queries[i].widen_to(q, q_dtype, vector_keys);
+        }
+        float squares[2] = {};
 #pragma unroll
-        for (const float e : x) squares += e * e;
+        for (int e = 0; e < 8; ++e) {
+          squares[0] += k[e] * k[e];
+          squares[1] += q[e] * q[e];
+        }
 #pragma unroll
-        for (int distance = pieces / 2; distance > 0; distance /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, distance);
-        if (piece.key == 0) tables_.factor[piece.of_query][piece.t] = p_.l2norm ? 1.0f / sqrtf(squares + p_.l2_eps) : 1.0f;
+        for (int distance = pieces / 2; distance > 0; distance /= 2)
+#pragma unroll
+          for (float& sum : squares) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+        if (piece == 0) tables_.factor[0][t] = squares[0], tables_.factor[1][t] = squares[1];
         for (int part = 0; part < parts(); ++part) {
-          uint4 words;
-          words.x = take_upper(x[0], x[1]);
-          words.y = take_upper(x[2], x[3]);
-          words.z = take_upper(x[4], x[5]);
-          words.w = take_upper(x[6], x[7]);
-          *reinterpret_cast<uint4*>(vectors_ + ((part * 2 + piece.of_query) * token_tile + piece.t) * pitch + piece.key) =
-              words;
+          auto* const to = reinterpret_cast<KeyQuery*>(vectors_ + (part * token_tile + t) * pitch + piece);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            KeyQuery words;
+            words.key0 = take_upper(k[4 * j], k[4 * j + 1]);
+            words.query0 = take_upper(q[4 * j], q[4 * j + 1]);
+            words.key1 = take_upper(k[4 * j + 2], k[4 * j + 3]);
+            words.query1 = take_upper(q[4 * j + 2], q[4 * j + 3]);
+            store(to + j, words);
+          }
         }
       }
+    }
+    set_gates(gates, count, lane);
+    __syncwarp();
+    static_assert(2 * token_tile <= 32);
+    if (lane < 2 * token_tile) {
+      float& factor = tables_.factor[lane / token_tile][lane % token_tile];
+      factor = p_.l2norm ? 1.0f / sqrtf(factor + p_.l2_eps) : 1.0f;
     }
     __syncwarp();
     make_coefficients(count, lane);
@@ -108,40 +122,52 @@ class TokenTile {
   };
   /// Of token t: factors of v_t and S k_t in u_t, of S q_t in o_t, of u_t k_t^T in the state after the last token.
   __device__ const Scalars& scalars(int t) const { return tables_.scalars[t]; }
-  /// A and then Q of the tokens 8 group + 2c and + 2c + 1, and of j.
-  __device__ const float4& coefficients(int j, int group, int c) const {
-    return reinterpret_cast<const float4&>(tables_.coefficients[j][group][c][0]);
-  }
+  /// A_tj and Q_tj.
+  __device__ float2 coefficients(int t, int j) const { return tables_.coefficients[j][t]; }
   /// The decay of all tokens together, of one token, and the factor that normalises its key.
   __device__ float total_decay() const { return tables_.total_decay; }
   __device__ float decay(int t) const { return tables_.decay[t]; }
   __device__ float key_factor(int t) const { return tables_.factor[0][t]; }
-  /// Part of a key or query, from element k.
-  __device__ const std::uint16_t* vector(int of_query, int part, int t, int k) const {
-    return vectors_ + ((part * 2 + of_query) * token_tile + t) * pitch + k;
+  /// Part of token t: elements k ... k+3 of key and query.
+  __device__ KeyQuery vector(int part, int t, int k) const {
+    const uint4 words = *reinterpret_cast<const uint4*>(vectors_ + (part * token_tile + t) * pitch + k);
+    return {words.x, words.y, words.z, words.w};
   }
 
  private:
+  /// Of a token's pairs, so that the 8 tokens that a warp reads at a time do not collide in the banks of shared memory.
+  static constexpr int pitch = key_dim + (width == 8 ? 4 : 16);
+
   struct alignas(16) Tables {
-    float coefficients[token_tile][groups][4][4];
+    float2 coefficients[token_tile][token_tile];  ///< [j][t]
     Scalars scalars[token_tile];
     double G[token_tile];  ///< sums of logarithms: small differences of large ones matter
     float beta[token_tile], decay[token_tile], factor[2][token_tile], total_decay;
   };
 
-  /// Eight elements of a key or query.
-  struct Piece {
-    __device__ Piece(int turn, int lane) {
-      constexpr int pieces = key_dim / 8;
-      const int unit = 32 * turn + lane;
-      key = 8 * (unit % pieces), t = unit / pieces / 2, of_query = unit / pieces % 2;
-    }
-    int key, t, of_query;
-  };
-  __device__ uint4* place(const Piece& piece, int part) {
-    return reinterpret_cast<uint4*>(vectors_ + ((part * 2 + piece.of_query) * token_tile + piece.t) * pitch + piece.key);
+  __device__ static void store(KeyQuery* to, const KeyQuery& words) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(words.key0, words.query0, words.key1, words.query1);
   }
-  __device__ bool vector_keys() const { return common || p_.vector_keys; }
+
+  __device__ void set_gates(const GateInputs& inputs, int count, int lane) {
+    float g = 0, beta = 0;
+    if (lane < count) {
+      g = inputs.log_decay<float>(p_);
+      if (g < lowest_log_decay) g = lowest_log_decay;
+      beta = inputs.beta<float>(p_);
+    }
+    double sum = g;
+#pragma unroll
+    for (int distance = 1; distance < token_tile; distance *= 2) {
+      const double before = __shfl_up_sync(0xffffffffu, sum, distance);
+      if (lane >= distance) sum += before;
+    }
+    if (lane >= token_tile) return;
+    if (lane == token_tile - 1) tables_.total_decay = expf(static_cast<float>(sum));
+    tables_.G[lane] = sum;
+    tables_.beta[lane] = beta;
+    tables_.decay[lane] = expf(g);
+  }
 
   __device__ void make_coefficients(int count, int lane) {
     // Products of the tokens of one group with the keys of this or an earlier group.
@@ -160,28 +186,6 @@ class TokenTile {
     tables_.scalars[lane] = s;
   }
 
-  __device__ void load_gates(unsigned batch, unsigned first, int count, unsigned h, int lane) {
-    float g = 0, beta = 0;
-    if (lane < count) {
-      GateInputs inputs;
-      inputs.fetch(p_, batch, first + static_cast<unsigned>(lane), h);
-      g = inputs.log_decay<float>(p_);
-      if (g < lowest_log_decay) g = lowest_log_decay;
-      beta = inputs.beta<float>(p_);
-    }
-    double sum = g;
-#pragma unroll
-    for (int distance = 1; distance < token_tile; distance *= 2) {
-      const double before = __shfl_up_sync(0xffffffffu, sum, distance);
-      if (lane >= distance) sum += before;
-    }
-    if (lane == token_tile - 1) tables_.total_decay = expf(static_cast<float>(sum));
-    if (lane >= token_tile) return;
-    tables_.G[lane] = sum;
-    tables_.beta[lane] = beta;
-    tables_.decay[lane] = expf(g);
-  }
-
   __device__ void make_products(int row_group, int column_group, int count, int lane) {
     const int g = lane / 4, c = lane % 4;
     // Several sums, since each product waits for the one before it in its sum.
@@ -189,13 +193,10 @@ class TokenTile {
     for (int a = 0; a < parts(); ++a)
       for (int b = 0; b < parts() && a + b < 3; ++b)
 #pragma unroll
-        for (int i = 0; i < key_dim / 32; ++i) {
-          const int k = 8 * c + 32 * i;
-          const uint4 key = *reinterpret_cast<const uint4*>(vector(0, a, 8 * row_group + g, k));
-          const uint4 query = *reinterpret_cast<const uint4*>(vector(1, a, 8 * row_group + g, k));
-          const uint4 column = *reinterpret_cast<const uint4*>(vector(0, b, 8 * column_group + g, k));
-          multiply_add(sums[2 * i % 4], key.x, query.x, key.y, query.y, column.x, column.y);
-          multiply_add(sums[(2 * i + 1) % 4], key.z, query.z, key.w, query.w, column.z, column.w);
+        for (int i = 0; i < key_dim / 16; ++i) {
+          const KeyQuery row = vector(a, 8 * row_group + g, 4 * c + 16 * i);
+          const KeyQuery column = vector(b, 8 * column_group + g, 4 * c + 16 * i);
+          multiply_add(sums[i % 4], row.key0, row.query0, row.key1, row.query1, column.key0, column.key1);
         }
     float d[4];
 #pragma unroll
@@ -204,20 +205,18 @@ class TokenTile {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int j = 8 * column_group + 2 * c + e;
-      float A = 0, Q = 0;
+      float2 AQ = {0, 0};
       if (j <= t && t < count) {
         const float decay = expf(static_cast<float>(tables_.G[t] - tables_.G[j])) * tables_.factor[0][j];
-        A = tables_.beta[t] * (decay * tables_.factor[0][t] * d[e]);
-        Q = p_.scale * (decay * tables_.factor[1][t] * d[2 + e]);
+        AQ.x = tables_.beta[t] * (decay * tables_.factor[0][t] * d[e]);
+        AQ.y = p_.scale * (decay * tables_.factor[1][t] * d[2 + e]);
       }
-      float* const to = tables_.coefficients[j][row_group][g / 2];
-      to[g % 2] = A;
-      to[2 + g % 2] = Q;
+      tables_.coefficients[j][t] = AQ;
     }
   }
 
   Tables& tables_;
-  std::uint16_t* const vectors_;
+  Pair* const vectors_;
   const FastParams& p_;
 };
 

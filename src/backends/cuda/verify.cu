@@ -29,8 +29,9 @@ VerifyKernel find(bool value_last, bool keeps_float, bool common) {
 
 template <int key_dim>
 VerifyKernel find(bool value_last, int token_tile, bool keeps_float, bool common) {
-  return token_tile == 8 ? find<key_dim, 8>(value_last, keeps_float, common)
-                         : find<key_dim, 16>(value_last, keeps_float, common);
+  if constexpr (key_dim < 256)
+    if (token_tile == 16) return find<key_dim, 16>(value_last, keeps_float, common);
+  return find<key_dim, 8>(value_last, keeps_float, common);
 }
 
 }  // namespace

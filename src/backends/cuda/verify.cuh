@@ -9,42 +9,69 @@
 // bfloat16 state and bfloat16 keys and queries; the corrections u follow from a triangular system in registers; the state takes
 // a product of rank T. More tokens than a tile go in turns, with the state in registers between them.
 //
-// A block is one warp. It has a span of value rows of one head, which it goes through tile by tile with the next tile's loads
-// under way; so the coefficients of the tokens are worked out once, and there is no barrier.
+// A block is one warp. It has a span of value rows of one head, which it goes through tile by tile with the next tiles' loads
+// under way; so the coefficients of the tokens are worked out once, and there is no barrier. The products with the state have
+// tokens as their rows and value rows as their columns: with g = lane / 4 and c = lane % 4 a lane has token g (of each group of
+// 8) and two neighbouring value rows, and the state's vectors are fragments as they come from memory.
 namespace gatedelta::cuda {
 
-/// N/2 pairs of a key or query.
-template <int N>
-__device__ void load_pairs(const std::uint16_t* from, Pair (&out)[N / 2]) {
-  if constexpr (N == 8) {
-    const uint4 vector = *reinterpret_cast<const uint4*>(from);
-    out[0] = vector.x, out[1] = vector.y, out[2] = vector.z, out[3] = vector.w;
+/// Blocks that a multiprocessor shall have room for; 0: as it comes.
+constexpr int verify_blocks(int key_dim, int token_tile, bool keeps_float) {
+  return !keeps_float && key_dim <= 128 && token_tile == 8 ? 12 : 1;
+}
+
+/// Two neighbouring values of v. `common`: bfloat16 and together in memory.
+template <bool common>
+struct ValuePair {
+  RawElement raw[common ? 1 : 2];
+
+  template <class Any>
+  __device__ void fetch(const Any& tensor, DType dtype, std::int64_t offset, int along) {
+    if constexpr (common) {
+      raw[0].bits = *reinterpret_cast<const std::uint32_t*>(static_cast<const std::uint16_t*>(tensor.data) + offset);
+    } else {
+      raw[0].fetch(tensor, dtype, offset);
+      raw[1].fetch(tensor, dtype, offset + along);
+    }
+  }
+  __device__ float value(DType dtype, int e) const {
+    if constexpr (common)
+      return __uint_as_float(e == 0 ? raw[0].bits << 16 : raw[0].bits & 0xffff0000u);
+    else
+      return raw[e].value(dtype);
+  }
+};
+template <bool common, class Any>
+__device__ void store_pair(const Any& tensor, DType dtype, std::int64_t offset, int along, const float (&x)[2]) {
+  if constexpr (common) {
+    *reinterpret_cast<std::uint32_t*>(static_cast<std::uint16_t*>(tensor.data) + offset) = narrow(x[0], x[1], __nv_bfloat16{});
   } else {
-    const uint2 vector = *reinterpret_cast<const uint2*>(from);
-    out[0] = vector.x, out[1] = vector.y;
+    store_at(tensor, dtype, offset, x[0]);
+    store_at(tensor, dtype, offset + along, x[1]);
   }
 }
 
-/// The corrections of a warp's rows with their decay up to the last token, as fragments: sums of bfloat16 numbers.
+/// The corrections of a tile with their decay up to the last token, as fragments with value rows as their rows: sums of
+/// bfloat16 numbers.
 template <int halves, int groups, int parts>
 struct Corrections {
   Pair pairs[groups][parts][2] = {};
 
   template <class Tokens>
-  __device__ void set(const float (&u)[groups][4], const Tokens& tokens, int c) {
+  __device__ void set(const float (&u)[groups][halves][2], const Tokens& tokens, int g) {
 #pragma unroll
     for (int group = 0; group < groups; ++group) {
-      const float first = tokens.scalars(8 * group + 2 * c).remaining, second = tokens.scalars(8 * group + 2 * c + 1).remaining;
+      const float factor = tokens.scalars(8 * group + g).remaining;
 #pragma unroll
       for (int half = 0; half < halves; ++half) {
-        float x = first * u[group][2 * half], y = second * u[group][2 * half + 1];
+        float x = factor * u[group][half][0], y = factor * u[group][half][1];
 #pragma unroll
         for (int part = 0; part < parts; ++part) {
           const Pair pair = narrow(x, y, __nv_bfloat16{});
           float upper_x, upper_y;
           widen(pair, upper_x, upper_y, __nv_bfloat16{});
           x -= upper_x, y -= upper_y;
-          pairs[group][part][half] = pair;
+          pairs[group][part][half] = transposed(pair);
         }
       }
     }
@@ -57,15 +84,18 @@ struct Corrections {
     for (int group = 0; group < groups; ++group)
 #pragma unroll 1
       for (int b = 0; b < tokens.parts(); ++b) {
-        Pair keys[width / 2];
-        load_pairs<width>(tokens.vector(0, b, 8 * group + lane / 4, width * (lane % 4 + 4 * i)), keys);
         const auto& a = pairs[group];
-#pragma unroll
-        for (int j = 0; j < width / 2; ++j) {
-          const Pair column = transposed(keys[j]);
-          multiply_add(d[j], a[0][0], a[0][1], a[1][0], a[1][1], column, column);
+        const auto add = [&](float(&sum)[4], Pair key) {
+          const Pair column = transposed(key);
+          multiply_add(sum, a[0][0], a[0][1], a[1][0], a[1][1], column, column);
           if constexpr (parts == 3)
-            if (third && b == 0) multiply_add(d[j], a[2][0], a[2][1], 0, 0, column, 0);
+            if (third && b == 0) multiply_add(sum, a[2][0], a[2][1], 0, 0, column, 0);
+        };
+#pragma unroll
+        for (int j = 0; j < width / 2; j += 2) {
+          const KeyQuery words = tokens.vector(b, 8 * group + lane / 4, width * (lane % 4 + 4 * i) + 2 * j);
+          add(d[j], words.key0);
+          add(d[j + 1], words.key1);
         }
       }
   }
@@ -74,7 +104,8 @@ struct Corrections {
 /// `keeps_float`: the state stays in registers as float32 after its product with the keys, which several turns, and stores
 /// after each token, need. `common` as for decode_kernel.
 template <class State, int key_dim, bool value_last, int token_tile, bool keeps_float, bool common>
-__global__ void __launch_bounds__(32) verify_kernel(const __grid_constant__ FastParams p) {
+__global__ void __launch_bounds__(32, verify_blocks(key_dim, token_tile, keeps_float))
+    verify_kernel(const __grid_constant__ FastParams p) {
   using Tile = StateTile<State, key_dim, value_last, keeps_float>;
   using Tokens = TokenTile<key_dim, token_tile, Tile::width, common>;
   static_assert(keeps_float || (Tile::parts == 1 && !value_last));
@@ -118,30 +149,22 @@ __global__ void __launch_bounds__(32) verify_kernel(const __grid_constant__ Fast
   Tokens tokens(reinterpret_cast<char*>(shared) + Window::bytes, p);
   const auto batch = static_cast<unsigned>(row.batch);
   const bool single_turn = row.tokens <= token_tile;
-  // Calls function(group, element, offset) for the tokens and rows that this lane has in fragments, with the offset in a tensor
-  // [B,T,heads,V] of which `at` is the lane's first element for first_value = 0 and the row's first token.
+  // Where this lane's token g and value rows 2c, 2c+1 of a tile are in v and o.
   const int v_along = common ? 1 : p.v.strides[3], o_along = common ? 1 : p.o.strides[3];
-  const auto first_token_of_lane = static_cast<unsigned>(row.first_token + 2 * c);
-  const std::int64_t v_at =
-      offset_of(p.v, batch, first_token_of_lane, head_of(h, p.v_group)) + product(Tile::row_of(0, g), v_along);
-  const std::int64_t o_at = offset_of(p.o, batch, first_token_of_lane, h) + product(Tile::row_of(0, g), o_along);
-  const auto for_each_value = [&](const Tensor<std::int32_t, 4>& tensor, int along, std::int64_t at, int done, int count,
-                                  int first_value, auto function) {
-    const std::int64_t base = at + product(done, tensor.strides[1]) + product(first_value, along);
+  const auto lane_token = static_cast<unsigned>(row.first_token + g);
+  const std::int64_t v_at = offset_of(p.v, batch, lane_token, head_of(h, p.v_group)) + product(Tile::value_of(0, c), v_along);
+  const std::int64_t o_at = offset_of(p.o, batch, lane_token, h) + product(Tile::value_of(0, c), o_along);
+  const DType v_dtype = common ? DType::bf16 : p.v.dtype, o_dtype = common ? DType::bf16 : p.o.dtype;
+  ValuePair<common> v[groups][halves];
+  const auto fetch_values = [&](int done, int count, int first_value) {
+    const std::int64_t base = v_at + product(done, p.v.strides[1]) + product(first_value, v_along);
 #pragma unroll
     for (int group = 0; group < groups; ++group)
+      if (8 * group + g < count)
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (8 * group + 2 * c + e < count)
-#pragma unroll
-          for (int half = 0; half < halves; ++half)
-            function(group, 2 * half + e, base + product(8 * group + e, tensor.strides[1]) + half * Tile::half_step * along);
-  };
-  const DType v_dtype = common ? DType::bf16 : p.v.dtype, o_dtype = common ? DType::bf16 : p.o.dtype;
-  RawElement v[groups][4];
-  const auto fetch_values = [&](int done, int count, int first_value) {
-    for_each_value(p.v, v_along, v_at, done, count, first_value,
-                   [&](int group, int e, std::int64_t at) { v[group][e].fetch(p.v, v_dtype, at); });
+        for (int half = 0; half < halves; ++half)
+          v[group][half].fetch(p.v, v_dtype, base + product(8 * group, p.v.strides[1]) + half * Tile::half_step * v_along,
+                               v_along);
   };
   const int tokens_count = static_cast<int>(row.tokens);
   if (single_turn) {
@@ -170,11 +193,11 @@ __global__ void __launch_bounds__(32) verify_kernel(const __grid_constant__ Fast
       }
       const int state_parts = done == 0 ? Tile::parts : 3;
 
-      // S k and S q, two sums each, since a product waits for the one before it in its sum.
-      float recalled[2][groups][4] = {}, read_out[2][groups][4] = {};
+      // S k and S q, each in two sums, since a product waits for the one before it in its sum.
+      float products[2][groups][halves][4] = {};
 #pragma unroll
       for (int i = 0; i < runs; ++i) {
-        Pair a[keeps_float ? 3 : 1][2][width / 2] = {};
+        Pair state[keeps_float ? 3 : 1][halves][width / 2];
 #pragma unroll
         for (int half = 0; half < halves; ++half) {
           if constexpr (keeps_float) {
@@ -184,71 +207,81 @@ __global__ void __launch_bounds__(32) verify_kernel(const __grid_constant__ Fast
 #pragma unroll
             for (int part = 0; part < 3; ++part)
 #pragma unroll
-              for (int j = 0; j < width / 2; ++j) a[part][half][j] = take_upper(rest[2 * j], rest[2 * j + 1]);
+              for (int j = 0; j < width / 2; ++j) state[part][half][j] = take_upper(rest[2 * j], rest[2 * j + 1]);
           } else {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) a[0][half][j] = tile.raw[half * runs + i][j];
+            for (int j = 0; j < 4; ++j) state[0][half][j] = tile.raw[half * runs + i][j];
           }
         }
 #pragma unroll 1
         for (int b = 0; b < tokens.parts(); ++b)
 #pragma unroll
-          for (int group = 0; group < groups; ++group) {
-            Pair keys[width / 2], queries[width / 2];
-            load_pairs<width>(tokens.vector(0, b, 8 * group + g, width * (c + 4 * i)), keys);
-            load_pairs<width>(tokens.vector(1, b, 8 * group + g, width * (c + 4 * i)), queries);
+          for (int group = 0; group < groups; ++group)
 #pragma unroll
-            for (int part = 0; part < (keeps_float ? 3 : 1); ++part) {
-              if (part >= state_parts || part + b >= 3) continue;
+            for (int j = 0; j < width / 2; j += 2) {
+              const KeyQuery a = tokens.vector(b, 8 * group + g, width * (c + 4 * i) + 2 * j);
 #pragma unroll
-              for (int j = 0; j < width / 2; j += 2) {
-                const Pair(&upper)[width / 2] = a[part][0], (&lower)[width / 2] = a[part][1];
-                multiply_add(recalled[i % 2][group], upper[j], lower[j], upper[j + 1], lower[j + 1], keys[j], keys[j + 1]);
-                multiply_add(read_out[i % 2][group], upper[j], lower[j], upper[j + 1], lower[j + 1], queries[j],
-                             queries[j + 1]);
+              for (int part = 0; part < (keeps_float ? 3 : 1); ++part) {
+                if (part >= state_parts || part + b >= 3) continue;
+#pragma unroll
+                for (int half = 0; half < halves; ++half)
+                  multiply_add(products[(i * width / 4 + j / 2) % 2][group][half], a.key0, a.query0, a.key1, a.query1,
+                               state[part][half][j], state[part][half][j + 1]);
               }
             }
-          }
       }
-
       if (done == 0) {
         fetch_state(stage, first_value + verify_stages * Tile::warp_rows);
         stage = stage + 1 == verify_stages ? 0 : stage + 1;
       }
+
       const bool last = done + count == tokens_count;
-      float u[groups][4], o[groups][4];
+      float u[groups][halves][2], o[groups][halves][2];
 #pragma unroll
-      for (int group = 0; group < groups; ++group)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const auto& factors = tokens.scalars(8 * group + 2 * c + e % 2);
-          u[group][e] = factors.key * (recalled[0][group][e] + recalled[1][group][e]) + factors.v * v[group][e].value(v_dtype);
-          o[group][e] = factors.query * (read_out[0][group][e] + read_out[1][group][e]);
-        }
-      if (single_turn && first_value + Tile::warp_rows < span_end) fetch_values(0, count, first_value + Tile::warp_rows);
-        // The triangular system: each correction goes to the four lanes of its row, which have two tokens of a group each.
-#pragma unroll
-      for (int j = 0; j < token_tile; ++j) {
-        float known[halves];
+      for (int group = 0; group < groups; ++group) {
+        const auto factors = tokens.scalars(8 * group + g);
 #pragma unroll
         for (int half = 0; half < halves; ++half)
-          known[half] = __shfl_sync(0xffffffffu, u[j / 8][2 * half + j % 2], (lane & ~3) + j % 8 / 2);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const auto& d = products;
+            u[group][half][e] =
+                factors.key * (d[0][group][half][e] + d[1][group][half][e]) + factors.v * v[group][half].value(v_dtype, e);
+            o[group][half][e] = factors.query * (d[0][group][half][2 + e] + d[1][group][half][2 + e]);
+          }
+      }
+      if (single_turn && first_value + Tile::warp_rows < span_end) fetch_values(0, count, first_value + Tile::warp_rows);
+
+        // The triangular system: the lanes of a token hand their corrections to those of the later tokens.
+#pragma unroll
+      for (int j = 0; j < token_tile; ++j) {
+        float known[halves][2];
+#pragma unroll
+        for (int half = 0; half < halves; ++half)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) known[half][e] = __shfl_sync(0xffffffffu, u[j / 8][half][e], 4 * (j % 8) + c);
 #pragma unroll
         for (int group = j / 8; group < groups; ++group) {
-          const float4 factors = tokens.coefficients(j, group, c);
+          const float2 AQ = tokens.coefficients(8 * group + g, j);
 #pragma unroll
-          for (int half = 0; half < halves; ++half) {
-            float(&x)[4] = u[group], (&y)[4] = o[group];
-            const int t = 8 * group + 2 * c;
-            if (t > j) x[2 * half] -= factors.x * known[half];
-            if (t + 1 > j) x[2 * half + 1] -= factors.y * known[half];
-            if (t >= j) y[2 * half] += factors.z * known[half];
-            if (t + 1 >= j) y[2 * half + 1] += factors.w * known[half];
-          }
+          for (int half = 0; half < halves; ++half)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              if (8 * group + g > j) u[group][half][e] -= AQ.x * known[half][e];
+              if (8 * group + g >= j) o[group][half][e] += AQ.y * known[half][e];
+            }
         }
       }
-      for_each_value(p.o, o_along, o_at, done, count, first_value,
-                     [&](int group, int e, std::int64_t at) { store_at(p.o, o_dtype, at, o[group][e]); });
+      {
+        const std::int64_t base = o_at + product(done, p.o.strides[1]) + product(first_value, o_along);
+#pragma unroll
+        for (int group = 0; group < groups; ++group)
+          if (8 * group + g < count)
+#pragma unroll
+            for (int half = 0; half < halves; ++half)
+              store_pair<common>(p.o, o_dtype, base + product(8 * group, p.o.strides[1]) + half * Tile::half_step * o_along,
+                                 o_along, o[group][half]);
+      }
 
       const float total_decay = tokens.total_decay();
       if constexpr (keeps_float) {
@@ -262,8 +295,7 @@ __global__ void __launch_bounds__(32) verify_kernel(const __grid_constant__ Fast
 #pragma unroll
             for (int half = 0; half < halves; ++half)
 #pragma unroll
-              for (int e = 0; e < 2; ++e)
-                rows[(8 * group + 2 * c + e) * Tile::warp_rows + 8 * half + g] = u[group][2 * half + e];
+              for (int e = 0; e < 2; ++e) rows[(8 * group + g) * Tile::warp_rows + 8 * half + 2 * c + e] = u[group][half][e];
           __syncwarp();
 #pragma unroll 1
           for (int t = 0; t < count; ++t) {
@@ -276,13 +308,14 @@ __global__ void __launch_bounds__(32) verify_kernel(const __grid_constant__ Fast
               float key[width] = {};
 #pragma unroll 1
               for (int b = tokens.parts(); b-- > 0;) {
-                Pair pairs[width / 2];
-                load_pairs<width>(tokens.vector(0, b, t, width * (c + 4 * i)), pairs);
 #pragma unroll
-                for (int j = 0; j < width / 2; ++j) {
+                for (int j = 0; j < width; j += 4) {
+                  const KeyQuery words = tokens.vector(b, t, width * (c + 4 * i) + j);
                   float low, high;
-                  widen(pairs[j], low, high, __nv_bfloat16{});
-                  key[2 * j] += low, key[2 * j + 1] += high;
+                  widen(words.key0, low, high, __nv_bfloat16{});
+                  key[j] += low, key[j + 1] += high;
+                  widen(words.key1, low, high, __nv_bfloat16{});
+                  key[j + 2] += low, key[j + 3] += high;
                 }
               }
 #pragma unroll
@@ -301,7 +334,7 @@ __global__ void __launch_bounds__(32) verify_kernel(const __grid_constant__ Fast
           }
         } else if (!last || row.final_slot >= 0) {
           Corrections<halves, groups, 3> corrections;
-          corrections.set(u, tokens, c);
+          corrections.set(u, tokens, g);
           const bool third = Tile::parts == 3 || row.tokens > token_tile;
 #pragma unroll
           for (int i = 0; i < runs; ++i) {
@@ -318,7 +351,7 @@ __global__ void __launch_bounds__(32) verify_kernel(const __grid_constant__ Fast
                       offset_of(p.state_write, row.final_slot, h), &p.state_write.strides[2], s);
       } else if (row.final_slot >= 0) {
         Corrections<halves, groups, 2> corrections;
-        corrections.set(u, tokens, c);
+        corrections.set(u, tokens, g);
         const std::int64_t* const strides = &p.state_write.strides[2];
         const std::int64_t base = offset_of(p.state_write, row.final_slot, h) + lane_offset(strides, first_value);
 #pragma unroll
