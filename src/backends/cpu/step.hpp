@@ -18,7 +18,9 @@ constexpr int64_t row_group = 4;   // rows whose sums are reduced together
 constexpr int64_t row_block = 16;  // rows that share one triangular solve
 // Bytes of state ahead of the rows in work: into L1, and further ahead into L2. The requests are spread evenly over all work,
 // since a core has few buffers for lines on their way into L1; in bursts they would wait for each other.
-constexpr int64_t prefetch_near = 4096, prefetch_far = 10240;
+constexpr int64_t prefetch_near = 4096;
+template <class S>
+constexpr int64_t prefetch_far = sizeof(S) == 4 ? 16384 : 10240;
 
 /// The tokens of one window, ready for use.
 struct Window {
@@ -168,7 +170,7 @@ GATEDELTA_KERNEL void step_one(const Window& window, const Rows& at, int64_t row
     query = scratch + K;
   }
   const auto decayed = [&](int64_t r) { return scratch + (2 + r % (2 * row_group)) * K; };  // of two groups in turn
-  const int64_t near = prefetch_near / row_bytes * source_stride, far = prefetch_far / row_bytes * source_stride;
+  const int64_t near = prefetch_near / row_bytes * source_stride, far = prefetch_far<S> / row_bytes * source_stride;
   const auto group_at = [&](int64_t r, const S** row) {
     const char* first = at.source + r * source_stride;
     GATEDELTA_UNROLL
@@ -294,7 +296,7 @@ GATEDELTA_KERNEL void step_many(const Window& window, const Rows& at, int64_t ro
     const float* row[row_block];
     for (int64_t r = 0; r < count; ++r) {
       const S* from = (const S*)(at.source + (block + r) * at.source_stride);
-      const char* far = (const char*)from + prefetch_far / (K * (int64_t)sizeof(S)) * at.source_stride;
+      const char* far = (const char*)from + prefetch_far<S> / (K * (int64_t)sizeof(S)) * at.source_stride;
       for (int64_t i = 0; i < K * (int64_t)sizeof(S); i += 64) __builtin_prefetch(far + i, 0, 2);
       if constexpr (sizeof(S) == 4) {
         row[r] = from;
