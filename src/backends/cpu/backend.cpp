@@ -27,7 +27,6 @@ namespace cpu {
 #if !defined(GATEDELTA_X86_VARIANTS)
 const Kernels* const kernels_avx2 = nullptr;
 const Kernels* const kernels_avx512 = nullptr;
-const Kernels* const kernels_avx512bf16 = nullptr;
 #endif
 
 namespace {
@@ -56,8 +55,6 @@ std::vector<Variant> variants() {
   const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (kernels_avx512bf16) out.push_back({kernels_avx512bf16, bf16});
   if (kernels_avx512) out.push_back({kernels_avx512, avx512});
   if (kernels_avx2) out.push_back({kernels_avx2, avx2});
 #endif

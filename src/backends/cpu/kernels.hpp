@@ -66,6 +66,5 @@ inline constexpr int64_t chunk_tokens = 64;
 extern const Kernels* const kernels_baseline;
 extern const Kernels* const kernels_avx2;
 extern const Kernels* const kernels_avx512;
-extern const Kernels* const kernels_avx512bf16;
 
 }  // namespace gatedelta::cpu

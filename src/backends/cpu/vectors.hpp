@@ -117,14 +117,6 @@ GATEDELTA_INLINE vu round_to_bf16(vf x) {
 }
 
 GATEDELTA_INLINE void store(bf16_t* p, vf x) {
-#if defined(__AVX512BF16__)
-  // The instruction takes subnormal numbers for zero; they go the long way.
-  constexpr int subnormal = 0x20;
-  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, subnormal) == 0, 1)) {
-    store_as(p, _mm512_cvtneps_pbh((__m512)x));
-    return;
-  }
-#endif
   const vu bits = round_to_bf16(x) >> 16;
 #if defined(__AVX512F__)
   store_as(p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits));
