@@ -19,6 +19,14 @@ std::string cpu_model() {
   return "unknown";
 }
 
+std::string nvidia_driver() {
+  // "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  ..." or "... Open Kernel Module for x86_64  580.95.05  ..."
+  std::ifstream in("/proc/driver/nvidia/version");
+  for (std::string word; in >> word;)
+    if (word.find_first_not_of("0123456789.") == std::string::npos && word.find('.') != std::string::npos) return word;
+  return {};
+}
+
 unsigned logical_cores() { return std::thread::hardware_concurrency(); }
 
 #if defined(__x86_64__)
