@@ -84,8 +84,11 @@ void HostCalls::Buffer::reset() {
   size_ = 0;
 }
 
-void HostCalls::forward(const GatedDeltaRule& rule, const Arguments& call) {
-  if (memory_.device() == Device{}) return rule.forward(call);
+Backend& HostCalls::forward(const GatedDeltaRule& rule, const Arguments& call) {
+  if (memory_.device() == Device{}) {
+    rule.forward(call);
+    return rule.backend_for(call);
+  }
 
   std::vector<Block> blocks = blocks_of(call);
   std::byte* copies = copies_.at_least(place(blocks));
@@ -106,9 +109,11 @@ void HostCalls::forward(const GatedDeltaRule& rule, const Arguments& call) {
   copied.workspace_size = rule.workspace_size(copied);
   copied.workspace = workspace_.at_least(copied.workspace_size);
   rule.forward(copied);
-  rule.backend_for(copied).synchronize(copied.stream);
+  Backend& backend = rule.backend_for(copied);
+  backend.synchronize(copied.stream);
   for (const Block& block : blocks)
     if (block.written) memory_.copy_out(block.begin, copies + block.offset, static_cast<std::size_t>(block.end - block.begin));
+  return backend;
 }
 
 }  // namespace gatedelta::device
