@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tool/machine.hpp"
 
+#include <dlfcn.h>
+
 #include <fstream>
 #include <thread>
 
@@ -20,11 +22,19 @@ std::string cpu_model() {
 }
 
 std::string nvidia_driver() {
-  // "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  ..." or "... Open Kernel Module for x86_64  580.95.05  ..."
-  std::ifstream in("/proc/driver/nvidia/version");
-  for (std::string word; in >> word;)
-    if (word.find_first_not_of("0123456789.") == std::string::npos && word.find('.') != std::string::npos) return word;
-  return {};
+  // NVML comes with the driver, its interface is a stable C one; CUDA itself only knows which CUDA version the driver supports.
+  void* library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return {};
+  const auto start = reinterpret_cast<int (*)()>(dlsym(library, "nvmlInit_v2"));
+  const auto stop = reinterpret_cast<int (*)()>(dlsym(library, "nvmlShutdown"));
+  const auto version = reinterpret_cast<int (*)(char*, unsigned)>(dlsym(library, "nvmlSystemGetDriverVersion"));
+  char text[96] = {};
+  if (start != nullptr && stop != nullptr && version != nullptr && start() == 0) {
+    if (version(text, sizeof text - 1) != 0) text[0] = 0;
+    stop();
+  }
+  dlclose(library);
+  return text;
 }
 
 unsigned logical_cores() { return std::thread::hardware_concurrency(); }

@@ -115,8 +115,8 @@ def check_cuda(folder):
         return
     for mode, stores in (("update", 1), ("snapshots", 3), ("read-only", 0), ("token-slots", 3)):
         for layout in ("vk", "kv"):
-            done = bench("--backend", "cuda", "--op", "verify", "--mode", mode, "--tokens", "3", "--batch", "2,5", "--heads", "2/4",
-                         "--dim", "64", "--state", "bf16", "--layout", layout, "--repetitions", "3", "--host-calls", "20",
+            done = bench("--backend", "cuda", "--op", "verify", "--mode", mode, "--tokens", "3", "--batch", "2,5", "--heads", "8/16",
+                         "--state", "bf16", "--layout", layout, "--repetitions", "3", "--host-calls", "20",
                          "--json", path)
             check((done.returncode, done.stderr) == (0, ""), f"{mode}: {done}")
             with open(path, encoding="utf-8") as file:
@@ -127,7 +127,7 @@ def check_cuda(folder):
                 check((row["backend"], row["device"], row["mode"], row["layout"]) == ("cuda", "cuda:0", mode, layout), f"{row}")
                 for key in ("median_us", "limit_us", "ratio", "host_us", "first_call_ms", "gbps"):
                     check(math.isfinite(row[key]) and row[key] > 0, f"{mode}: {key} is {row[key]}")
-                size = row["batch"] * 4 * 64 * 64 * 2
+                size = row["batch"] * 16 * 128 * 128 * 2
                 check(math.isclose(row["gbps"] * row["median_us"] * 1e3, (1 + stores) * size, rel_tol=1e-9), f"{mode}: bytes")
                 check(row["cache"] == "cold" and row["calls_per_repetition"] >= row["instances"] > 1, f"{mode}: {row}")
                 for key in ("driver", "cuda_driver", "cuda_runtime", "multiprocessors", "compute_capability"):
