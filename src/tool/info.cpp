@@ -77,7 +77,8 @@ void print_text(const Json& info) {
   if (info.contains("cuda")) {
     const Json& cuda = info["cuda"];
     const std::string driver = text(cuda["driver"]), supports = text(cuda["driver_supports"]);
-    fmt::print("\nCUDA:\n  runtime {}, driver {}{}\n", text(cuda["runtime"]), driver.empty() ? "none found" : driver,
+    fmt::print("\nCUDA:\n  runtime {}, driver {}{}\n", text(cuda["runtime"]),
+               driver.empty() ? (supports.empty() ? "none found" : "of unknown release") : driver,
                supports.empty() ? "" : fmt::format(" (up to CUDA {})", supports));
   }
 }
