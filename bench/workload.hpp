@@ -16,9 +16,17 @@ namespace gatedelta::bench {
 enum class Op : std::uint8_t { decode, verify, prefill };
 std::string_view name_of(Op op) noexcept;
 
+/// What becomes of the states: `update` stores the last one where it came from, `snapshots` stores those after each token in a
+/// tensor of their own and leaves the pool alone, `read_only` stores none, `token_slots` stores those after each token in slots
+/// of the pool and starts from the one that `accepted` picks.
+enum class Mode : std::uint8_t { update, snapshots, read_only, token_slots };
+/// As on the command line: "read-only".
+std::string_view name_of(Mode mode) noexcept;
+
 /// One call to be timed. The three operations are the same call of the operator; they differ in the limit that counts.
 struct Case {
   Op op = Op::decode;
+  Mode mode = Mode::update;
   std::int64_t batch = 1;
   std::int64_t tokens = 1;
   std::int64_t q_heads = 16;  ///< also the key heads
@@ -32,7 +40,9 @@ struct Case {
   int threads = 1;
 
   Config config() const;
-  std::size_t state_bytes() const;
+  std::size_t state_bytes() const;  ///< of one state for each sequence
+  /// How many states of a sequence are written.
+  std::int64_t stores() const;
   /// The usual count: 7 operations for each token and each element of a head's state.
   double flops() const;
 };
@@ -50,15 +60,20 @@ Rotation plan_rotation(const Case& item, const Platform& platform, double max_by
 /// The arguments of a case without memory behind them: for the questions that shapes and dtypes answer.
 Arguments shapes_of(const Case& item, Device device);
 
-/// The memory of a case, filled with random numbers of realistic size: decays mostly in 0.9 to 1, states that stay bounded.
+/// The memory of a case and a workspace of `workspace_size` bytes that all calls share, filled with random numbers of realistic
+/// size: decays mostly in 0.9 to 1, states that stay bounded.
 class Workload {
  public:
-  Workload(const Case& item, Platform& platform, const Rotation& rotation);
+  Workload(const Case& item, Platform& platform, const Rotation& rotation, std::size_t workspace_size);
 
+  /// What has to be moved for a call.
+  Traffic traffic(const Arguments& arguments) const;
   /// The arguments of the next instance. Whoever calls, kernel or limit, takes the one that was left alone the longest.
   const Arguments& next();
 
  private:
+  Case item_;
+  std::shared_ptr<void> workspace_;
   std::vector<std::shared_ptr<void>> memory_;
   std::vector<Arguments> instances_;
   std::size_t position_ = 0;

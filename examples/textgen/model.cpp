@@ -5,7 +5,6 @@
 #include <fmt/ranges.h>
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
@@ -166,27 +165,33 @@ Model Model::load(const std::filesystem::path& path) try {
   throw std::runtime_error(fmt::format("{}: config: {}", path.string(), error.what()));
 }
 
-SequencePool::SequencePool(const ModelConfig& config, std::int64_t slots, DType dtype)
-    : slots_(slots), mixer_(config.mixer(dtype, 0)), history_rows_(config.conv - 1), history_width_(config.qkv_width()) {
+SequencePool::SequencePool(const ModelConfig& config, std::int64_t slots, DType dtype, gatedelta::device::Memory& memory)
+    : memory_(memory),
+      layers_(config.layers),
+      slots_(slots),
+      mixer_(config.mixer(dtype, 0)),
+      history_rows_(config.conv - 1),
+      history_width_(config.qkv_width()) {
   state_bytes_ = static_cast<std::size_t>(mixer_.heads() * mixer_.value_dim * mixer_.key_dim) * gatedelta::size_of(dtype);
-  const std::size_t entries = static_cast<std::size_t>(config.layers * slots);
-  states_.resize(entries * state_bytes_);  // zero: a sequence of no tokens
+  const std::size_t entries = static_cast<std::size_t>(layers_ * slots);
+  states_ = {memory_.allocate(entries * state_bytes_), [&memory](void* states) { memory.release(states); }};
   history_.resize(entries * static_cast<std::size_t>(history_rows_ * history_width_));
+  for (std::int64_t slot = 0; slot < slots; ++slot) clear(slot);
 }
 
 void SequencePool::clear(std::int64_t slot) {
-  const std::int64_t layers = static_cast<std::int64_t>(states_.size() / state_bytes_) / slots_;
-  for (std::int64_t layer = 0; layer < layers; ++layer) {
+  const std::vector<std::byte> zero(state_bytes_);  // a sequence of no tokens
+  for (std::int64_t layer = 0; layer < layers_; ++layer) {
     const std::size_t entry = static_cast<std::size_t>(layer * slots_ + slot);
-    std::memset(states_.data() + entry * state_bytes_, 0, state_bytes_);
+    memory_.copy_in(static_cast<std::byte*>(states_.get()) + entry * state_bytes_, zero.data(), state_bytes_);
     history(layer, slot).setZero();
   }
 }
 
 TensorView SequencePool::states(std::int64_t layer) {
-  std::byte* first = states_.data() + static_cast<std::size_t>(layer * slots_) * state_bytes_;
+  std::byte* first = static_cast<std::byte*>(states_.get()) + static_cast<std::size_t>(layer * slots_) * state_bytes_;
   const std::int64_t shape[] = {slots_, mixer_.heads(), mixer_.value_dim, mixer_.key_dim};
-  return gatedelta::make_view(first, mixer_.dtypes.state, shape);
+  return gatedelta::make_view(first, mixer_.dtypes.state, shape, {}, memory_.device());
 }
 
 Eigen::Map<Matrix> SequencePool::history(std::int64_t layer, std::int64_t slot) {
@@ -196,7 +201,9 @@ Eigen::Map<Matrix> SequencePool::history(std::int64_t layer, std::int64_t slot) 
 Runner::Runner(const Model& model, const RunnerOptions& options)
     : model_(model),
       rule_(model.config.mixer(options.state, options.threads), options.backend),
-      pool_(model.config, options.slots, options.state) {}
+      memory_(gatedelta::device::memory_for_name(options.backend)),
+      calls_(memory_),
+      pool_(model.config, options.slots, options.state, memory_) {}
 
 const Matrix& Runner::step(const Step& step) {
   check(step);
@@ -295,8 +302,7 @@ void Runner::run_operator(std::int64_t layer, const Step& step) {
   arguments.state = pool_.states(layer);
   arguments.read_slots = gatedelta::view(step.slots.data(), {sequences});
   if (!same_length) arguments.cu_seqlens = gatedelta::view(step.cu_seqlens.data(), {sequences + 1});
-  backend_ = rule_.backend_for(arguments).name();
-  rule_.forward(arguments);
+  backend_ = calls_.forward(rule_, arguments).name();
 }
 
 /// o = rms(o) * weight * silu(z), where the norm is over each head.
