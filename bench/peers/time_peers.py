@@ -107,7 +107,7 @@ def load_peers(options):
             peer.version = peer.load(options.folder)
             peers.append(peer)
         except Exception as error:  # whatever an import may raise
-            print(f"{name}: left out: {type(error).__name__}: {error}")
+            print(f"{name}: left out: {reason(error)}")
     return peers
 
 
