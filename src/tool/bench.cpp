@@ -15,14 +15,14 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "bench/harness.hpp"
+#include "bench/platform.hpp"
+#include "bench/workload.hpp"
 #include "commit.hpp"
 #include "device/memory.hpp"
 #include "gatedelta/gatedelta.hpp"
-#include "harness.hpp"
 #include "io/pending_file.hpp"
-#include "platform.hpp"
 #include "tool/commands.hpp"
-#include "workload.hpp"
 
 namespace gatedelta::tool {
 namespace {
