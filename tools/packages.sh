@@ -8,7 +8,7 @@ build_programs=(g++:g++ ninja-build:ninja pkg-config:pkg-config cmake:cmake pyth
 # Header-only or small libraries; subprojects/*.wrap stands in for each of them.
 build_libraries=(libeigen3-dev doctest-dev libcli11-dev libfmt-dev nlohmann-json3-dev libbenchmark-dev libdlpack-dev)
 # What CI needs on top.
-ci_programs=(clang:clang++ clang-format-14:clang-format-14 shellcheck:shellcheck ccache:ccache git:git)
+ci_programs=(clang:clang++ clang-format-14:clang-format-14 shellcheck:shellcheck ccache:ccache git:git doxygen:doxygen)
 ci_libraries=(libomp-dev libtrilinos-kokkos-dev)
 
 meson_minimum=1.0.0

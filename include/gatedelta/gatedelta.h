@@ -51,8 +51,8 @@ enum {
 typedef int32_t gatedelta_device_type;
 /** Values of ::gatedelta_device_type. */
 enum {
-  GATEDELTA_CPU = 0, /**< host memory, pinned memory included */
-  GATEDELTA_CUDA = 1 /**< an NVIDIA GPU */
+  GATEDELTA_DEVICE_CPU = 0, /**< host memory, pinned memory included */
+  GATEDELTA_DEVICE_CUDA = 1 /**< an NVIDIA GPU */
 };
 
 /** Where the decay exp(g) comes from. */
@@ -175,7 +175,7 @@ static inline gatedelta_tensor gatedelta_view(void* data, gatedelta_dtype dtype,
   view.strides = NULL;
   view.dtype = dtype;
   view.rank = rank;
-  view.device_type = GATEDELTA_CPU;
+  view.device_type = GATEDELTA_DEVICE_CPU;
   view.device_index = 0;
   return view;
 }

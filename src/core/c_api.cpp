@@ -36,8 +36,8 @@ SAME(GATEDELTA_F16, DType::f16);
 SAME(GATEDELTA_BF16, DType::bf16);
 SAME(GATEDELTA_I32, DType::i32);
 SAME(GATEDELTA_I64, DType::i64);
-SAME(GATEDELTA_CPU, DeviceType::cpu);
-SAME(GATEDELTA_CUDA, DeviceType::cuda);
+SAME(GATEDELTA_DEVICE_CPU, DeviceType::cpu);
+SAME(GATEDELTA_DEVICE_CUDA, DeviceType::cuda);
 SAME(GATEDELTA_GATE_RAW, GateForm::raw);
 SAME(GATEDELTA_GATE_LOG_DECAY, GateForm::log_decay);
 SAME(GATEDELTA_GATE_NONE, GateForm::none);
@@ -335,8 +335,7 @@ gatedelta_status gatedelta_backend_available(const char* backend, int32_t* avail
   return guarded([&] {
     const Availability state = backend_of(backend).availability();
     // A backend added in C++ may have no reason to give.
-    answer(available, reason, "available",
-           state.available ? "" : state.reason.empty() ? "no reason given" : state.reason);
+    answer(available, reason, "available", state.available ? "" : state.reason.empty() ? "no reason given" : state.reason);
   });
 }
 

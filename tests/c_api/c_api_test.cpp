@@ -328,7 +328,7 @@ TEST_CASE("backends through C") {
     REQUIRE(gatedelta_backend_available(name, &yes, &text) == GATEDELTA_SUCCESS);
     CHECK(yes == all[i]->availability().available);
     CHECK(text == all[i]->availability().reason);
-    REQUIRE(gatedelta_backend_reaches(name, GATEDELTA_CUDA, 0, &yes) == GATEDELTA_SUCCESS);
+    REQUIRE(gatedelta_backend_reaches(name, GATEDELTA_DEVICE_CUDA, 0, &yes) == GATEDELTA_SUCCESS);
     CHECK(yes == all[i]->reaches({DeviceType::cuda, 0}));
   }
   const char* text = nullptr;

@@ -2,8 +2,6 @@
 #define DOCTEST_CONFIG_IMPLEMENT
 #include "gatedelta/interop/kokkos.hpp"
 
-#include <type_traits>
-
 #include "same.hpp"
 
 using namespace gatedelta;
