@@ -68,7 +68,8 @@ struct Rule {
 };
 
 bool same(const std::vector<double>& left, const std::vector<double>& right) {
-  return left.size() == right.size() && std::memcmp(left.data(), right.data(), left.size() * sizeof(double)) == 0;
+  return left.size() == right.size() &&
+         (left.empty() || std::memcmp(left.data(), right.data(), left.size() * sizeof(double)) == 0);
 }
 
 /// A small call in order, with a pool.
