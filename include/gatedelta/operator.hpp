@@ -43,16 +43,16 @@ enum class BetaForm : std::uint8_t {
 
 /// The dtype of each tensor, chosen independently: f32, f16 or bf16.
 struct DTypes {
-  DType q = DType::f32;
-  DType k = DType::f32;
-  DType v = DType::f32;
-  DType o = DType::f32;
-  DType gate = DType::f32;  ///< of a or g
-  DType beta = DType::f32;  ///< of b or beta
-  DType A_log = DType::f32;
-  DType dt_bias = DType::f32;
-  DType state = DType::f32;
-  DType snapshots = DType::f32;
+  DType q = DType::f32;          ///< of q
+  DType k = DType::f32;          ///< of k
+  DType v = DType::f32;          ///< of v
+  DType o = DType::f32;          ///< of o, which may differ from v
+  DType gate = DType::f32;       ///< of a or g
+  DType beta = DType::f32;       ///< of b or beta
+  DType A_log = DType::f32;      ///< of A_log
+  DType dt_bias = DType::f32;    ///< of dt_bias
+  DType state = DType::f32;      ///< of state, state_in and state_out
+  DType snapshots = DType::f32;  ///< of snapshots
 };
 
 /// What is fixed for the life of an operator.
@@ -60,17 +60,17 @@ struct GATEDELTA_API Config {
   /// HQ, HK, HV. H = max of the three is the number of state and output heads, and each count must divide H: head h
   /// reads query head h / (H/HQ), key head h / (H/HK), value head h / (H/HV). HV > HQ is GVA, HQ > HV is GQA.
   std::int64_t q_heads = 0;
-  std::int64_t k_heads = 0;
-  std::int64_t v_heads = 0;
-  std::int64_t key_dim = 0;    ///< K
-  std::int64_t value_dim = 0;  ///< V
-  DTypes dtypes{};
-  GateForm gate = GateForm::raw;
-  BetaForm beta = BetaForm::logits;
-  bool qk_l2norm = true;
-  double l2_eps = 1e-6;           ///< added to the sum of squares, inside the root
-  std::optional<double> scale{};  ///< of the output; 1/sqrt(K) if not set
-  double softplus_beta = 1.0;
+  std::int64_t k_heads = 0;          ///< HK
+  std::int64_t v_heads = 0;          ///< HV
+  std::int64_t key_dim = 0;          ///< K
+  std::int64_t value_dim = 0;        ///< V
+  DTypes dtypes{};                   ///< of each tensor
+  GateForm gate = GateForm::raw;     ///< where the decay comes from
+  BetaForm beta = BetaForm::logits;  ///< where beta comes from
+  bool qk_l2norm = true;             ///< q and k are normalised first
+  double l2_eps = 1e-6;              ///< added to the sum of squares, inside the root
+  std::optional<double> scale{};     ///< of the output; 1/sqrt(K) if not set
+  double softplus_beta = 1.0;        ///< softplus(x) = log(1 + exp(softplus_beta * x)) / softplus_beta
   double softplus_threshold = 20.0;  ///< softplus(x) = x where softplus_beta * x is above this
   /// A slot <= null_slot marks padding. Engines that reserve slot 0 set 0.
   std::int64_t null_slot = -1;
@@ -129,13 +129,13 @@ struct Arguments {
 
   bool update_state = true;  ///< false: the pool is only read (no final and no token stores); snapshots are still written
 
-  void* stream = nullptr;     ///< cudaStream_t for device backends; host backends ignore it
-  /// cuda: the kernel may begin before the one before it on the stream has ended (programmatic dependent launch). Then q, k, v, a
-  /// or g, and b or beta may be outputs of that kernel, but everything else (states, slots, parameters) must have been there
+  void* stream = nullptr;  ///< cudaStream_t for device backends; host backends ignore it
+  /// cuda: the kernel may begin before the one before it on the stream has ended (programmatic dependent launch). Then q, k, v,
+  /// a or g, and b or beta may be outputs of that kernel, but everything else (states, slots, parameters) must have been there
   /// before it began. Other backends ignore it.
   bool dependent_launch = false;
-  void* workspace = nullptr;  ///< at least workspace_size(...) bytes on the tensors' device, 256-byte aligned
-  std::size_t workspace_size = 0;
+  void* workspace = nullptr;       ///< at least workspace_size(...) bytes on the tensors' device, 256-byte aligned
+  std::size_t workspace_size = 0;  ///< bytes of workspace
 };
 
 /// After speculative verification with snapshots: state[write_slots[n]] = snapshots[n, accepted[n]-1].
@@ -145,7 +145,7 @@ struct CommitArguments {
   TensorView accepted;     ///< [N], i32, 1..S
   TensorView state;        ///< written: [slots,H,V,K]
   TensorView write_slots;  ///< [N], i32 or i64
-  void* stream = nullptr;
+  void* stream = nullptr;  ///< as in Arguments
 };
 
 /// The operator: configured once, called many times, also from several threads at once. It holds no state of the sequences.
@@ -159,11 +159,13 @@ class GATEDELTA_API GatedDeltaRule {
   /// With a backend the caller holds, registered or not; it must outlive the operator.
   GatedDeltaRule(const Config& config, Backend& backend);
 
+  /// What it was made with.
   const Config& config() const noexcept { return config_; }
 
   /// Checks everything that can be checked on the host, then runs. Throws Error; a call that fails has changed nothing.
   /// Host backends have finished when it returns; device backends have enqueued their work on `arguments.stream`.
   void forward(const Arguments& arguments) const;
+  /// Copies accepted snapshots into the pool; checks and runs as forward() does.
   void commit(const CommitArguments& arguments) const;
 
   /// Bytes of workspace that forward() of these arguments needs (0 for the host backends).
