@@ -88,11 +88,6 @@ Type& required(const char* name, Type* pointer) {
   return *pointer;
 }
 
-void check_reserved(const char* name, std::int32_t reserved) {
-  if (reserved != 0)
-    throw Error(ErrorCode::invalid_argument, std::string(name) + ".reserved: expected 0, got " + std::to_string(reserved));
-}
-
 /// Names live as long as the process, whatever becomes of a backend that was added at run time.
 const char* lasting(std::string_view name) {
   static std::mutex mutex;
@@ -129,7 +124,8 @@ gatedelta_commit_arguments default_commit_arguments() {
 
 Config config_from(const gatedelta_config* given) {
   const gatedelta_config c = read_versioned("config", given, default_config());
-  check_reserved("config", c.reserved);
+  if (c.reserved != 0)
+    throw Error(ErrorCode::invalid_argument, "config.reserved: expected 0, got " + std::to_string(c.reserved));
   const auto dtype = [](const char* name, gatedelta_dtype value) {
     return enumerator(std::string("dtypes.") + name, value, DType::i64);
   };
@@ -181,7 +177,6 @@ TensorView view_from(const char* name, const gatedelta_tensor* given) {
 
 Arguments arguments_from(const gatedelta_arguments* given) {
   const gatedelta_arguments a = read_versioned("arguments", given, default_arguments());
-  check_reserved("arguments", a.reserved);
   Arguments out;
 #define TENSOR(name) out.name = view_from(#name, a.name)
   TENSOR(q);
@@ -205,6 +200,7 @@ Arguments arguments_from(const gatedelta_arguments* given) {
   TENSOR(cu_seqlens);
   out.update_state = a.update_state != 0;
   out.stream = a.stream;
+  out.dependent_launch = a.dependent_launch != 0;
   out.workspace = a.workspace;
   out.workspace_size = static_cast<std::size_t>(a.workspace_size);
   return out;

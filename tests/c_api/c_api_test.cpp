@@ -263,8 +263,9 @@ TEST_CASE("errors through C") {
     forward(GATEDELTA_ERROR_INVALID_ARGUMENT, "q.device_type: expected a value from 0 to 1, got -1");
     translated.arguments.q = nullptr;
     forward(GATEDELTA_ERROR_INVALID_ARGUMENT, "q: required, but not given");
-    translated.arguments.reserved = 1;
-    forward(GATEDELTA_ERROR_INVALID_ARGUMENT, "arguments.reserved: expected 0, got 1");
+    translated.config.reserved = 1;
+    check_failure(gatedelta_validate_config(&translated.config), GATEDELTA_ERROR_INVALID_ARGUMENT,
+                  "config.reserved: expected 0, got 1");
     check_failure(gatedelta_forward(nullptr, &translated.arguments), GATEDELTA_ERROR_INVALID_ARGUMENT,
                   "rule: expected an address, got a null pointer");
     check_failure(gatedelta_forward(rule, nullptr), GATEDELTA_ERROR_INVALID_ARGUMENT,
@@ -306,10 +307,13 @@ class Foreign : public Backend {
   Availability availability() const override { return {true, ""}; }
   bool reaches(Device) const noexcept override { return true; }
   std::string unsupported_reason(const Problem&) const override { return refuses ? "it is in no mood" : ""; }
-  void forward(const Call&) override { throw std::runtime_error("foreign trouble"); }
+  void forward(const Call& call) override {
+    dependent_launch = call.arguments->dependent_launch;
+    throw std::runtime_error("foreign trouble");
+  }
   void commit(const Config&, const CommitArguments&) override { throw 1; }
   void check(void*) override { throw Error(ErrorCode::device, "foreign device"); }
-  bool refuses = false;
+  bool refuses = false, dependent_launch = false;
 };
 
 }  // namespace
@@ -351,7 +355,11 @@ TEST_CASE("backends through C") {
     {
       Rule rule;
       REQUIRE(gatedelta_rule_create(&translated.config, "foreign", &rule.handle) == GATEDELTA_SUCCESS);
-      check_failure(gatedelta_forward(rule.handle, &translated.arguments), GATEDELTA_ERROR_OTHER, "foreign trouble");
+      for (const std::int32_t dependent : {1, 0}) {
+        translated.arguments.dependent_launch = dependent;
+        check_failure(gatedelta_forward(rule.handle, &translated.arguments), GATEDELTA_ERROR_OTHER, "foreign trouble");
+        CHECK(foreign.dependent_launch == (dependent == 1));
+      }
     }
     check_failure(gatedelta_check("foreign", nullptr), GATEDELTA_ERROR_DEVICE, "foreign device");
     const char* name = nullptr;
