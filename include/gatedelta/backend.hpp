@@ -29,6 +29,10 @@ struct Problem {
   bool other_slots = false;    ///< a row may store to a pool slot that it did not read (write_slots, token_slots)
   bool snapshots = false;
   bool accepted = false;
+  bool window = false;               ///< a replay window, or one of the calls for windows alone
+  std::int64_t window_capacity = 0;  ///< W
+  DType window_entries = DType::f32;
+  bool tree = false;  ///< parent is given
 };
 
 /// A validated call: shapes, dtypes and devices are checked, and the two ways to give states are one.
@@ -68,6 +72,12 @@ class GATEDELTA_API Backend {
   virtual void forward(const Call& call) = 0;
   /// Runs a validated commit.
   virtual void commit(const Config& config, const CommitArguments& arguments) = 0;
+  /// Run validated calls for replay windows; without an implementation they throw Error(unsupported), and the backend has to
+  /// refuse problems with a window.
+  virtual void accept(const Config& config, const AcceptArguments& arguments);
+  virtual void reset(const Config& config, const ResetArguments& arguments);
+  virtual void fold(const Config& config, const FoldArguments& arguments);  ///< to the checkpoints, or to `out`
+  virtual void copy(const Config& config, const ForkArguments& arguments);
   /// Throws Error(device) if an earlier call met a fault on the device (a bad slot, say). Host backends throw at the call.
   virtual void check(void* stream);
   /// Waits for the stream, then check().
@@ -91,5 +101,10 @@ GATEDELTA_API std::unique_ptr<Backend> unregister_backend(std::string_view name)
 GATEDELTA_API Call validate(const Config& config, const Arguments& arguments);
 GATEDELTA_API void validate(const Config& config, const CommitArguments& arguments);
 GATEDELTA_API void validate(const Config& config);
+/// These return a problem without rows, for the choice of a backend.
+GATEDELTA_API Problem validate(const Config& config, const AcceptArguments& arguments);
+GATEDELTA_API Problem validate(const Config& config, const ResetArguments& arguments);
+GATEDELTA_API Problem validate(const Config& config, const FoldArguments& arguments);
+GATEDELTA_API Problem validate(const Config& config, const ForkArguments& arguments);
 
 }  // namespace gatedelta

@@ -9,6 +9,7 @@
 #include "gatedelta/dtype.hpp"
 #include "gatedelta/export.hpp"
 #include "gatedelta/tensor.hpp"
+#include "gatedelta/window.hpp"
 
 /// The gated delta rule (Yang, Kautz, Hatamizadeh: "Gated Delta Networks", arXiv 2412.06464). For sequence n, token t, head h,
 /// with a state S of V x K per head:
@@ -95,11 +96,17 @@ struct GATEDELTA_API Config {
 ///   - `state_out`, one state a row (may be the same memory as state_in).
 /// A row of no tokens hands on its state unchanged.
 ///
+/// With a `window` (see window.hpp), `state` holds the checkpoints and `read_slots` pick checkpoint and window of each row; the
+/// tokens are appended to the windows and the state is stored only where a row is folded. write_slots, token_slots, accepted,
+/// snapshots and update_state = false do not go with it. A row has at most W tokens. Between two `accept`s each layer is run
+/// once for a slot: a second call would fold a second time.
+///
 /// Padding: a row whose read slot is <= null_slot writes zeros to its rows of `o`, and nothing else of it is looked at.
 /// A write or token slot <= null_slot only skips that store. Tokens outside every sequence of cu_seqlens get zeros in `o`.
 ///
 /// A slot >= the pool's size, `accepted` outside 1..S, bad cu_seqlens, and two rows that store to one slot are errors: the host
-/// backends throw before they touch anything. Each row reads the pool as it was before the call.
+/// backends throw before they touch anything. Each row reads the pool as it was before the call. So are, with a window, a
+/// length outside 0..W, an order that is no permutation, a parent that is not an earlier token, and two rows of one slot.
 struct Arguments {
   TensorView q;  ///< [B,T,HQ,K]
   TensorView k;  ///< [B,T,HK,K]
@@ -124,6 +131,10 @@ struct Arguments {
 
   TensorView snapshots;   ///< written: [N,>=T,H,V,K], the state after each token
   TensorView cu_seqlens;  ///< [N+1], i32 or i64: sequence n is tokens cu_seqlens[n] to cu_seqlens[n+1]-1 of the one batch row
+
+  const ReplayWindow* window = nullptr;  ///< of this layer; only looked at during the call
+  TensorView parent;                     ///< [B,T] i32, with a window: the token's predecessor in its row's draft tree, an
+                                         ///< earlier token of the row or -1 for the window's last entry; default: a chain
 
   bool update_state = true;  ///< false: the pool is only read (no final and no token stores); snapshots are still written
 
@@ -159,6 +170,13 @@ class GATEDELTA_API GatedDeltaRule {
   /// Host backends have finished when it returns; device backends have enqueued their work on `arguments.stream`.
   void forward(const Arguments& arguments) const;
   void commit(const CommitArguments& arguments) const;
+
+  // Replay windows, see window.hpp. accept and reset are for the record that all layers share, the others for one layer.
+  void accept(const AcceptArguments& arguments) const;
+  void reset(const ResetArguments& arguments) const;
+  void fold(const FoldArguments& arguments) const;      ///< into the checkpoints; `out` must not be given
+  void state_of(const FoldArguments& arguments) const;  ///< to `out`; changes nothing else
+  void copy(const ForkArguments& arguments) const;
 
   /// Bytes of workspace that forward() of these arguments needs (0 for the host backends).
   std::size_t workspace_size(const Arguments& arguments) const;

@@ -20,6 +20,7 @@
 #include "core/builtin_backends.hpp"
 #include "core/elements.hpp"
 #include "core/host_rows.hpp"
+#include "core/host_window.hpp"
 
 namespace gatedelta {
 namespace cpu {
@@ -239,10 +240,16 @@ class CpuBackend final : public Backend {
   }
   Availability availability() const override { return {kernels_ != nullptr, problem_}; }
   bool reaches(Device device) const noexcept override { return device.type == DeviceType::cpu; }
-  std::string unsupported_reason(const Problem&) const override { return {}; }
+  std::string unsupported_reason(const Problem& problem) const override {
+    return problem.window ? "replay windows are not implemented" : "";
+  }
 
   void forward(const Call& call) override;
   void commit(const Config& config, const CommitArguments& arguments) override { commit_on_host(config, arguments); }
+  void accept(const Config& config, const AcceptArguments& arguments) override { accept_on_host(config, arguments); }
+  void reset(const Config& config, const ResetArguments& arguments) override { reset_on_host(config, arguments); }
+  void fold(const Config& config, const FoldArguments& arguments) override { fold_on_host(config, arguments); }
+  void copy(const Config& config, const ForkArguments& arguments) override { copy_on_host(config, arguments); }
 
  private:
   static void prefetch_inputs(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task);
