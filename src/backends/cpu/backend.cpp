@@ -41,6 +41,7 @@ static_assert(static_cast<int>(Element::f32) == static_cast<int>(DType::f32) &&
 constexpr std::int64_t smallest_block = 16;
 // Elements of state times tokens below which another thread costs more than it brings (starting one takes about 2 us).
 constexpr std::int64_t smallest_share = 8192;
+static_assert(max_window_entries == max_window && max_replay_tokens == max_window);
 
 struct Variant {
   const Kernels* kernels;
@@ -240,9 +241,7 @@ class CpuBackend final : public Backend {
   }
   Availability availability() const override { return {kernels_ != nullptr, problem_}; }
   bool reaches(Device device) const noexcept override { return device.type == DeviceType::cpu; }
-  std::string unsupported_reason(const Problem& problem) const override {
-    return problem.window ? "replay windows are not implemented" : "";
-  }
+  std::string unsupported_reason(const Problem&) const override { return {}; }
 
   void forward(const Call& call) override;
   void commit(const Config& config, const CommitArguments& arguments) override { commit_on_host(config, arguments); }
@@ -254,6 +253,7 @@ class CpuBackend final : public Backend {
  private:
   static void prefetch_inputs(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task);
   void run_task(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task, char* scratch) const;
+  void replay(const Call& call, const HostRow& row, std::int64_t h, std::int64_t first_value, const HeadWork& head) const;
   bool by_chunks(const Call& call, std::int64_t tokens) const;
 
   const Kernels* kernels_ = nullptr;
@@ -279,7 +279,8 @@ void CpuBackend::forward(const Call& call) {
   }
   const Split plan = split(call.problem, tokens);
   // Of a task: the kernels' scratch, then log decay, beta and token targets of its tokens.
-  const std::int64_t kernel_bytes = kernels_->scratch_bytes(call.problem.config.key_dim, plan.block_rows);
+  const auto scratch_bytes = call.problem.window ? kernels_->replay_scratch_bytes : kernels_->scratch_bytes;
+  const std::int64_t kernel_bytes = scratch_bytes(call.problem.config.key_dim, plan.block_rows);
   const std::int64_t task_bytes = kernel_bytes + (3 * 8 * longest + 63) / 64 * 64;
   const ScratchPool::Lease scratch(scratch_, static_cast<std::size_t>(task_bytes * plan.threads));
   rows.zero_padding();
@@ -334,7 +335,8 @@ void CpuBackend::run_task(const Call& call, const HostRows& rows, const Split& p
   const HostRow& row = rows.rows()[static_cast<std::size_t>(n)];
   if (row.padding) return;
   const TensorView& to = call.state_write;
-  char* target = row.final_slot >= 0 ? address(to, row.final_slot, h, first_value) : nullptr;
+  const std::int64_t final_slot = row.fold ? row.source_slot : row.final_slot;
+  char* target = final_slot >= 0 ? address(to, final_slot, h, first_value) : nullptr;
   if (row.tokens == 0) {
     const bool in_place = target && row.source && target == address(*row.source, row.source_slot, h, first_value);
     if (target == nullptr || in_place) return;
@@ -383,7 +385,33 @@ void CpuBackend::run_task(const Call& call, const HostRows& rows, const Split& p
     work.snapshot_stride = bytes(in.snapshots, in.snapshots.strides[1]);
   }
   work.scratch = scratch + (3 * 8 * row.tokens + 63) / 64 * 64;
+  if (call.problem.window) return replay(call, row, h, first_value, work);
   by_chunks(call, row.tokens) ? kernels_->chunks(work) : kernels_->step(work);
+}
+
+void CpuBackend::replay(const Call& call, const HostRow& row, std::int64_t h, std::int64_t first_value,
+                        const HeadWork& head) const {
+  const Config& config = call.problem.config;
+  const ReplayWindow& window = *call.arguments->window;
+  const TensorView& parent = call.arguments->parent;
+  const std::int64_t slot = row.source_slot, group = config.heads() / config.k_heads;
+  std::int32_t order[max_window_entries + max_replay_tokens];
+  for (std::int64_t i = 0; i < row.length + row.tokens; ++i)
+    order[i] = static_cast<std::int32_t>(place_of(window.record, slot, i));
+  ReplayWork work;
+  work.head = head;
+  work.length = row.length;
+  work.order = order;
+  work.entry_keys = matrix(window.keys, address(window.keys, slot, h / group), 2, 3);
+  work.entry_corrections = matrix(window.corrections, address(window.corrections, slot, h, 0, first_value), 2, 3);
+  work.decays = address(window.decays, slot, h);
+  if (parent.defined()) {
+    work.parent = reinterpret_cast<const std::int32_t*>(address(parent, row.batch, row.first_token));
+    work.parent_stride = parent.strides[1];
+  }
+  work.stores_decays = first_value == 0;
+  work.stores_keys = first_value == 0 && h % group == 0;
+  kernels_->replay(work);
 }
 
 }  // namespace
