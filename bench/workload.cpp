@@ -2,6 +2,7 @@
 #include "workload.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <random>
@@ -13,7 +14,8 @@ namespace {
 
 using Allocate = std::function<void*(std::size_t)>;
 
-Arguments make_arguments(const Case& item, Device device, const Allocate& allocate) {
+/// The arguments, but for the window itself, whose memory counts as well.
+Arguments make_arguments(const Case& item, Device device, const Allocate& allocate, ReplayWindow* window = nullptr) {
   const auto tensor = [&](DType dtype, std::initializer_list<std::int64_t> shape) {
     TensorView view = make_view(nullptr, dtype, {shape.begin(), shape.size()}, {}, device);
     view.data = allocate(static_cast<std::size_t>(view.elements()) * size_of(dtype));
@@ -32,6 +34,12 @@ Arguments make_arguments(const Case& item, Device device, const Allocate& alloca
   out.read_slots = tensor(DType::i32, {B});
   out.state =
       item.value_last ? tensor(item.state_dtype, {B, H, K, V}).transposed(2, 3) : tensor(item.state_dtype, {B, H, V, K});
+  if (item.window > 0) {
+    const WindowLayout layout = window_layout(item.config(), B, item.window, item.entries, T);
+    void* const layer = allocate(layout.layer_bytes);
+    void* const record = allocate(layout.record_bytes);
+    if (window != nullptr) *window = window_at(layout, layer, record, device);
+  }
   return out;
 }
 
@@ -87,12 +95,16 @@ Rotation plan_rotation(const Case& item, const Platform& platform, double max_by
 
 Workload::Workload(const Case& item, Platform& platform, const Rotation& rotation) {
   std::vector<std::size_t> sizes;  // of an instance's blocks
-  for (int i = 0; i < rotation.instances; ++i)
-    instances_.push_back(make_arguments(item, platform.device(), [&](std::size_t bytes) {
+  for (int i = 0; i < rotation.instances; ++i) {
+    windows_.push_back(std::make_unique<ReplayWindow>());
+    const auto allocate = [&](std::size_t bytes) {
       if (i == 0) sizes.push_back(bytes);
       memory_.push_back(platform.allocate(bytes));
       return memory_.back().get();
-    }));
+    };
+    instances_.push_back(make_arguments(item, platform.device(), allocate, windows_.back().get()));
+    if (item.window > 0) instances_.back().window = windows_.back().get();
+  }
 
   const Arguments& first = instances_.front();
   std::uint64_t seed = 0;
@@ -114,12 +126,42 @@ Workload::Workload(const Case& item, Platform& platform, const Rotation& rotatio
   std::iota(slots.begin(), slots.end(), 0);
   std::shuffle(slots.begin(), slots.end(), std::mt19937(1));
   platform.copy_from_host(first.read_slots.data, slots.data(), slots.size() * sizeof slots[0]);
+  if (item.window > 0) start_windows(item, platform);
 
   // The times do not depend on the numbers, so the other instances are copies.
-  for (std::size_t block = sizes.size(); block < memory_.size(); ++block) {
+  const std::size_t before = memory_.size() - sizes.size() * instances_.size();  // what the instances share
+  for (std::size_t block = sizes.size(); before + block < memory_.size(); ++block) {
     const std::size_t original = block % sizes.size();
-    platform.copy(memory_[block].get(), memory_[original].get(), sizes[original], item.threads);
+    platform.copy(memory_[before + block].get(), memory_[before + original].get(), sizes[original], item.threads);
   }
+}
+
+/// Sequences of a server are folded at different steps: so their windows start at all lengths.
+void Workload::start_windows(const Case& item, Platform& platform) {
+  const ReplayWindow& window = *windows_.front();
+  platform.fill(window.keys, {101, 0, 1 / std::sqrt(static_cast<float>(item.key_dim))}, item.threads);
+  platform.fill(window.corrections, {102, 0, 0.5f}, item.threads);
+  platform.fill(window.decays, {103, -0.01f, 0.001f}, item.threads);
+  std::vector<std::int32_t> lengths, order, accepted(static_cast<std::size_t>(item.batch));
+  for (std::int64_t n = 0; n < item.batch; ++n) {
+    lengths.push_back(static_cast<std::int32_t>(n * item.accepted % item.window));
+    for (std::int64_t i = 0; i < window.record.order.shape[1]; ++i) order.push_back(static_cast<std::int32_t>(i));
+  }
+  platform.copy_from_host(window.record.length.data, lengths.data(), lengths.size() * sizeof lengths[0]);
+  platform.copy_from_host(window.record.order.data, order.data(), order.size() * sizeof order[0]);
+  std::fill(accepted.begin(), accepted.end(), static_cast<std::int32_t>(item.accepted));
+  memory_.insert(memory_.begin(), platform.allocate(accepted.size() * sizeof accepted[0]));
+  platform.copy_from_host(memory_.front().get(), accepted.data(), accepted.size() * sizeof accepted[0]);
+  accepted_ = make_view(memory_.front().get(), DType::i32, std::array{item.batch}, {}, platform.device());
+}
+
+AcceptArguments Workload::accept(const Arguments& arguments) const {
+  AcceptArguments out;
+  out.record = arguments.window->record;
+  out.slots = arguments.read_slots;
+  out.accepted = accepted_;
+  out.tokens = arguments.q.shape[1];
+  return out;
 }
 
 const Arguments& Workload::next() {

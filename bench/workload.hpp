@@ -29,9 +29,14 @@ struct Case {
   DType state_dtype = DType::f32;
   bool value_last = false;  ///< state storage [slots,H,K,V] instead of [slots,H,V,K]
   bool warm = false;        ///< always the same state, so that it may stay in cache
+  std::int64_t window = 0;  ///< W of a replay window; 0: none
+  DType entries = DType::bf16;
+  std::int64_t accepted = 0;  ///< tokens of each step that stay, with a window
   int threads = 1;
 
   Config config() const;
+  /// Calls after which a window has been folded about as often as it is in the long run.
+  std::int64_t cycle() const { return window > 0 ? window : 1; }
   std::size_t state_bytes() const;
   /// The usual count: 7 operations for each token and each element of a head's state.
   double flops() const;
@@ -57,8 +62,14 @@ class Workload {
 
   /// The arguments of the next instance. Whoever calls, kernel or limit, takes the one that was left alone the longest.
   const Arguments& next();
+  /// The accept that follows a call with a window.
+  AcceptArguments accept(const Arguments& arguments) const;
 
  private:
+  void start_windows(const Case& item, Platform& platform);
+
+  TensorView accepted_;
+  std::vector<std::unique_ptr<ReplayWindow>> windows_;
   std::vector<std::shared_ptr<void>> memory_;
   std::vector<Arguments> instances_;
   std::size_t position_ = 0;

@@ -41,6 +41,8 @@ struct Options {
   std::string layout = "vk";
   std::vector<int> threads;
   bool warm = false;
+  std::int64_t window = 0, accepted = 0;
+  std::string entries = "bf16";
   bench::Effort effort;
   double max_memory_mib = 3072;
   std::string json;
@@ -108,6 +110,11 @@ std::vector<Case> named_cases(const Options& options, const Case& base) {
           item.dtype = dtype_of("--dtype", dtype);
           item.state_dtype = dtype_of("--state", state);
           item.warm = options.warm;
+          item.window = options.window;
+          item.entries = dtype_of("--entries", options.entries);
+          item.accepted = options.accepted > 0 ? options.accepted : count;
+          if (item.window > 0 && (count > item.window || item.accepted > count))
+            fail("--accepted: expected at most the tokens of a call, and these at most the window");
           out.push_back(item);
         }
   return out;
@@ -191,6 +198,7 @@ struct Result {
   const bench::Rotation& rotation;
   const Timing& timing;
   const Limit& limit;
+  bool window = false;  ///< the calls of this row have the case's window
 
   double gigabytes() const { return 2e-9 * static_cast<double>(item.state_bytes()) / timing.median(); }
   double gigaflops() const { return 1e-9 * item.flops() / timing.median(); }
@@ -213,8 +221,8 @@ void print_row(const Result& row) {
   fmt::print(
       "{:<10} {:<8} {:>5} {:>6} {:>7} {:>9} {:>5} {:>8} {:>6} {:>4} {:>11.1f} {:>8.2f} {:>8.2f} {:>11.1f} {:>6.3f}{} "
       "{:.1f}..{:.1f}\n",
-      row.backend.name(), name_of(item.op), item.batch, item.tokens, fmt::format("{}/{}", item.q_heads, item.v_heads),
-      fmt::format("{}x{}", item.key_dim, item.value_dim), name_of(item.dtype),
+      row.backend.name(), fmt::format("{}{}", name_of(item.op), row.window ? " W" : ""), item.batch, item.tokens,
+      fmt::format("{}/{}", item.q_heads, item.v_heads), fmt::format("{}x{}", item.key_dim, item.value_dim), name_of(item.dtype),
       fmt::format("{}{}", name_of(item.state_dtype), item.value_last ? " kv" : ""), row.cache(), item.threads,
       row.timing.median() * 1e6, row.gigabytes(), row.gigaflops(), row.limit.seconds() * 1e6, row.ratio(),
       row.noisy() ? '!' : ' ', row.timing.quantile(0.1) * 1e6, row.timing.quantile(0.9) * 1e6);
@@ -235,6 +243,9 @@ ordered_json json_of(const Result& row, const bench::Platform& platform, const s
   return {{"backend", row.backend.name()},
           {"device", name_of(platform.device())},
           {"op", name_of(item.op)},
+          {"window", row.window ? item.window : 0},
+          {"entries", row.window ? name_of(item.entries) : ""},
+          {"accepted", row.window ? item.accepted : 0},
           {"batch", item.batch},
           {"tokens", item.tokens},
           {"q_heads", item.q_heads},
@@ -294,8 +305,23 @@ void run(const Options& options) {
                               job.rotation.instances, static_cast<double>(job.rotation.instance_bytes) / 1048576));
     bench::Workload workload(item, *platform, job.rotation);
     std::vector<std::function<void()>> subjects;
-    for (Backend* backend : job.backends)
-      subjects.emplace_back([&workload, rule = GatedDeltaRule(item.config(), *backend)] { rule.forward(workload.next()); });
+    // With a window each backend is timed without it as well. A cycle of calls with it is one subject: its folds belong to all.
+    for (Backend* backend : job.backends) {
+      const GatedDeltaRule rule(item.config(), *backend);
+      if (item.window > 0)
+        subjects.emplace_back([&workload, rule, cycle = item.cycle()] {
+          for (std::int64_t step = 0; step < cycle; ++step) {
+            const Arguments& arguments = workload.next();
+            rule.forward(arguments);
+            rule.accept(workload.accept(arguments));
+          }
+        });
+      subjects.emplace_back([&workload, rule] {
+        Arguments arguments = workload.next();
+        arguments.window = nullptr;
+        rule.forward(arguments);
+      });
+    }
     subjects.emplace_back([&] { platform->read_modify_write(workload.next().state.data, item.state_bytes(), item.threads); });
     bench::Effort effort = options.effort;
     effort.warm = item.warm;
@@ -309,8 +335,11 @@ void run(const Options& options) {
       limit.arithmetic = item.flops() / limit.peak_flops;
     }
     progress.clear();
-    for (std::size_t b = 0; b < job.backends.size(); ++b) {
-      const Result row{item, *job.backends[b], job.rotation, measured.timings[b], limit};
+    const std::size_t forms = item.window > 0 ? 2 : 1;
+    for (std::size_t t = 0; t < forms * job.backends.size(); ++t) {
+      const bool window = forms == 2 && t % 2 == 0;
+      const Timing timing = measured.timings[t].of_each(window ? item.cycle() : 1);
+      const Result row{item, *job.backends[t / forms], job.rotation, timing, limit, window};
       print_row(row);
       results.push_back(json_of(row, *platform, date));
     }
@@ -353,6 +382,14 @@ void add_bench_command(CLI::App& app) {
   command->add_option("--threads", options->threads, "threads: 1,2; all if not given")
       ->delimiter(',')
       ->check(CLI::Range(1, 1024));
+  command->add_option("--window", options->window, "capacity of a replay window: rows with (W) and without it")
+      ->check(CLI::Range(min_window, max_window))
+      ->needs(op);
+  command->add_option("--entries", options->entries, "dtype of the window's entries")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"f32", "bf16"}));
+  command->add_option("--accepted", options->accepted, "tokens of each call that stay in the window; all if not given")
+      ->check(CLI::Range(1, 64));
   command->add_flag("--warm", options->warm, "use one state only, so that it stays in cache")->needs(op);
   command->add_option("--min-time", options->effort.min_seconds, "seconds of measurement for each row")
       ->capture_default_str()
