@@ -325,6 +325,18 @@ void CpuBackend::prefetch_inputs(const Call& call, const HostRows& rows, const S
   prefetch(in.g, H);
   prefetch(in.b, H);
   prefetch(in.beta, H);
+  if (!call.problem.window) return;
+  const ReplayWindow& window = *in.window;
+  const auto prefetch_entry = [&](const TensorView& tensor, std::int64_t head, std::int64_t place) {
+    const char* begin = address(tensor, row.source_slot, head, place);
+    for (std::int64_t i = 0; i < bytes(tensor, tensor.shape[3]); i += 64) __builtin_prefetch(begin + i, 0, 2);
+  };
+  for (std::int64_t j = 0; j < row.length + row.tokens; ++j) {
+    const std::int64_t place = place_of(window.record, row.source_slot, j);
+    prefetch_entry(window.keys, h / (H / config.k_heads), place);
+    prefetch_entry(window.corrections, h, place);
+  }
+  __builtin_prefetch(address(window.decays, row.source_slot, h));
 }
 
 void CpuBackend::run_task(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task, char* scratch) const {

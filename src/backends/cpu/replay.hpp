@@ -31,7 +31,7 @@ GATEDELTA_INLINE void multiply_places(const Places<S>& rows, const float* key, c
                                       float* with_query) {
   for (int64_t j = 0; j < rows.count; j += row_group) {
     const char* first = (const char*)rows.row[j];
-    const Sums sums = multiply_group(rows.row + j, key, query, K, {first, first, 0});
+    const Sums sums = multiply_group<S, 0>(rows.row + j, key, query, K, {first, first, 0});
     store_as(with_key + j, sums.a);
     store_as(with_query + j, sums.b);
   }
@@ -49,14 +49,7 @@ GATEDELTA_KERNEL void read_state(const Rows& at, int64_t rows, int64_t padded_ke
     const S* row[row_group];
     GATEDELTA_UNROLL
     for (int g = 0; g < row_group; ++g) row[g] = (const S*)(first + g * stride);
-    // The prefetches that step_one leaves to the update of a group are made here.
-    GATEDELTA_UNROLL
-    for (int g = row_group / 2; g < row_group; ++g)
-      for (int64_t i = 0; i < row_bytes; i += 64) {
-        __builtin_prefetch(first + near + g * stride + i, 0, 0);
-        __builtin_prefetch(first + far + g * stride + i, 0, 2);
-      }
-    const Sums sums = multiply_group(row, key, query, K, {first + near, first + far, stride});
+    const Sums sums = multiply_group<S, row_group>(row, key, query, K, {first + near, first + far, stride});
     store_as(with_key + r, sums.a);
     store_as(with_query + r, sums.b);
   }
