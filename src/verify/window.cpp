@@ -214,6 +214,7 @@ class Model {
     if constexpr (sizeof(T) == 8) return value;
     return value * static_cast<T>(1 + ((random_.next() >> 63) ? unit : -unit) * roundings);
   }
+  /// About the root mean square of what rounding to this dtype does to numbers of all mantissas.
   static double unit(DType dtype) { return dtype == DType::bf16 ? 0x1p-9 : dtype == DType::f16 ? 0x1p-12 : 0x1p-24; }
   T input(const Case& c, Tensor tensor, std::int64_t at) {
     return static_cast<T>(c[tensor].values[static_cast<std::size_t>(at)]);
