@@ -15,6 +15,8 @@ class Timing {
   Timing() = default;
   explicit Timing(std::vector<double> seconds, int calls = 1);  ///< at least one
 
+  /// The same times of calls that were `calls` in one.
+  Timing of_each(std::int64_t calls) const;
   int repetitions() const { return static_cast<int>(sorted_.size()); }
   int calls() const { return calls_; }  ///< of each repetition
   double median() const { return quantile(0.5); }

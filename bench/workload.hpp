@@ -37,9 +37,14 @@ struct Case {
   DType state_dtype = DType::f32;
   bool value_last = false;  ///< state storage [slots,H,K,V] instead of [slots,H,V,K]
   bool warm = false;        ///< always the same state, so that it may stay in cache
+  std::int64_t window = 0;  ///< W of a replay window, with Mode::update; 0: none
+  DType entries = DType::bf16;
+  std::int64_t accepted = 0;  ///< tokens of each step that stay, with a window
   int threads = 1;
 
   Config config() const;
+  /// Calls after which a window has been folded about as often as it is in the long run.
+  std::int64_t cycle() const { return window > 0 ? window : 1; }
   std::size_t state_bytes() const;  ///< of one state for each sequence
   /// How many states of a sequence are written.
   std::int64_t stores() const;
@@ -57,8 +62,9 @@ struct Rotation {
 /// Throws Error(out_of_memory) if not even one copy fits.
 Rotation plan_rotation(const Case& item, const Platform& platform, double max_bytes);
 
-/// The arguments of a case without memory behind them: for the questions that shapes and dtypes answer.
-Arguments shapes_of(const Case& item, Device device);
+/// The arguments of a case without memory behind them: for the questions that shapes and dtypes answer. `window` is what they
+/// refer to if the case has one.
+Arguments shapes_of(const Case& item, Device device, ReplayWindow& window);
 
 /// The memory of a case and a workspace of `workspace_size` bytes that all calls share, filled with random numbers of realistic
 /// size: decays mostly in 0.9 to 1, states that stay bounded.
@@ -70,10 +76,16 @@ class Workload {
   Traffic traffic(const Arguments& arguments) const;
   /// The arguments of the next instance. Whoever calls, kernel or limit, takes the one that was left alone the longest.
   const Arguments& next();
+  /// The accept that follows a call with a window.
+  AcceptArguments accept(const Arguments& arguments) const;
 
  private:
+  void start_windows(Platform& platform);
+
   Case item_;
-  std::shared_ptr<void> workspace_;
+  std::shared_ptr<void> workspace_, accepted_memory_;
+  TensorView accepted_;
+  std::vector<std::unique_ptr<ReplayWindow>> windows_;
   std::vector<std::shared_ptr<void>> memory_;
   std::vector<Arguments> instances_;
   std::size_t position_ = 0;

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "io/safetensors.hpp"
+#include "speculative.hpp"
 
 namespace textgen {
 namespace {
@@ -222,6 +223,7 @@ void Runner::check(const Step& step) const {
     throw std::invalid_argument("step: expected at least one sequence, and cu_seqlens with one entry more than slots");
   if (step.cu_seqlens.front() != 0 || step.cu_seqlens.back() != static_cast<std::int64_t>(step.bytes.size()))
     throw std::invalid_argument("step: expected cu_seqlens from 0 to the number of bytes");
+  if (step.drafts && step.slots.size() != 1) throw std::invalid_argument("step: expected one sequence with drafts");
   for (std::size_t n = 0; n < step.slots.size(); ++n) {
     if (step.cu_seqlens[n] >= step.cu_seqlens[n + 1])
       throw std::invalid_argument(fmt::format("step: sequence {} has no tokens", n));
@@ -260,8 +262,13 @@ void Runner::convolve(std::int64_t layer, const Step& step) {
     for (std::int64_t t = 0; t < tokens; ++t) {
       auto out = mixed_.row(first + t).array();
       out = taps.row(before).array() * input(t);
-      for (std::int64_t j = 0; j < before; ++j) out += taps.row(j).array() * input(t - before + j);
+      for (std::int64_t j = 0; j < before; ++j)
+        out += taps.row(j).array() * input(step.drafts ? step.drafts->ancestor(t, before - j) : t - before + j);
       out = silu(out);
+    }
+    if (step.drafts) {
+      step.drafts->keep_inputs(layer, qkv_);
+      continue;
     }
     // Ascending, so that rows which only move up are read before they are overwritten.
     for (std::int64_t j = 0; j < before; ++j) history.row(j) = input(tokens - before + j).matrix();
@@ -302,6 +309,7 @@ void Runner::run_operator(std::int64_t layer, const Step& step) {
   arguments.state = pool_.states(layer);
   arguments.read_slots = gatedelta::view(step.slots.data(), {sequences});
   if (!same_length) arguments.cu_seqlens = gatedelta::view(step.cu_seqlens.data(), {sequences + 1});
+  if (step.drafts) step.drafts->add_to(arguments, layer);
   backend_ = calls_.forward(rule_, arguments).name();
 }
 

@@ -95,12 +95,15 @@ class SequencePool {
   std::vector<float> history_;    // [layers,slots,taps-1,widths]
 };
 
+class Drafts;  // see speculative.hpp
+
 /// New tokens of N sequences; each has at least one, and they need not have the same number.
 struct Step {
   std::span<const std::uint8_t> bytes;       ///< the tokens, one sequence after the other
   std::span<const std::int32_t> cu_seqlens;  ///< [N+1]: sequence n is bytes cu_seqlens[n] to cu_seqlens[n+1]-1
   std::span<const std::int32_t> slots;       ///< [N]: where the memory of each sequence is; all different
   bool every_token = false;                  ///< logits after every token, not only after the last one of each sequence
+  Drafts* drafts = nullptr;                  ///< the tokens, of one sequence, may be taken back
 };
 
 struct RunnerOptions {

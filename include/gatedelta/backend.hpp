@@ -16,19 +16,23 @@ namespace gatedelta {
 
 /// The static side of a call: everything a backend may base support and workspace on. Values in tensors are not part of it.
 struct Problem {
-  Config config;                 ///< of the operator
-  Device device;                 ///< of all tensors
-  std::int64_t rows = 0;         ///< N: sequences
-  std::int64_t batch = 0;        ///< B of q
-  std::int64_t tokens = 0;       ///< T of q; with cu_seqlens the total of all sequences
-  std::int64_t slots = 0;        ///< size of the pool, or rows where there is none
-  bool variable_length = false;  ///< cu_seqlens are given
-  bool initial_state = false;    ///< a pool or state_in is read
-  bool store_final = false;      ///< the last state of a row is stored
-  bool store_tokens = false;     ///< token_slots are written
-  bool other_slots = false;      ///< a row may store to a pool slot that it did not read (write_slots, token_slots)
-  bool snapshots = false;        ///< snapshots are written
-  bool accepted = false;         ///< rows start from token_slots[n, accepted[n]-1]
+  Config config;                      ///< of the operator
+  Device device;                      ///< of all tensors
+  std::int64_t rows = 0;              ///< N: sequences
+  std::int64_t batch = 0;             ///< B of q
+  std::int64_t tokens = 0;            ///< T of q; with cu_seqlens the total of all sequences
+  std::int64_t slots = 0;             ///< size of the pool, or rows where there is none
+  bool variable_length = false;       ///< cu_seqlens are given
+  bool initial_state = false;         ///< a pool or state_in is read
+  bool store_final = false;           ///< the last state of a row is stored
+  bool store_tokens = false;          ///< token_slots are written
+  bool other_slots = false;           ///< a row may store to a pool slot that it did not read (write_slots, token_slots)
+  bool snapshots = false;             ///< snapshots are written
+  bool accepted = false;              ///< rows start from token_slots[n, accepted[n]-1]
+  bool window = false;                ///< a replay window, or one of the calls for windows alone
+  std::int64_t window_capacity = 0;   ///< W
+  DType window_entries = DType::f32;  ///< of keys and corrections
+  bool tree = false;                  ///< parent is given
 };
 
 /// A validated call: shapes, dtypes and devices are checked, and the two ways to give states are one.
@@ -72,6 +76,12 @@ class GATEDELTA_API Backend {
   virtual void forward(const Call& call) = 0;
   /// Runs a validated commit.
   virtual void commit(const Config& config, const CommitArguments& arguments) = 0;
+  /// Run validated calls for replay windows; without an implementation they throw Error(unsupported), and the backend has to
+  /// refuse problems with a window.
+  virtual void accept(const Config& config, const AcceptArguments& arguments);
+  virtual void reset(const Config& config, const ResetArguments& arguments);  ///< see accept()
+  virtual void fold(const Config& config, const FoldArguments& arguments);    ///< see accept(); to the checkpoints, or to `out`
+  virtual void copy(const Config& config, const ForkArguments& arguments);    ///< see accept()
   /// Throws Error(device) if an earlier call met a fault on the device (a bad slot, say). Host backends throw at the call.
   virtual void check(void* stream);
   /// Waits for the stream, then check().
@@ -97,5 +107,13 @@ GATEDELTA_API Call validate(const Config& config, const Arguments& arguments);
 GATEDELTA_API void validate(const Config& config, const CommitArguments& arguments);
 /// The same for a configuration alone.
 GATEDELTA_API void validate(const Config& config);
+/// The same for the calls for replay windows alone. They return a problem without tokens, for the choice of a backend.
+GATEDELTA_API Problem validate(const Config& config, const AcceptArguments& arguments);
+/// See validate() of AcceptArguments.
+GATEDELTA_API Problem validate(const Config& config, const ResetArguments& arguments);
+/// See validate() of AcceptArguments.
+GATEDELTA_API Problem validate(const Config& config, const FoldArguments& arguments);
+/// See validate() of AcceptArguments.
+GATEDELTA_API Problem validate(const Config& config, const ForkArguments& arguments);
 
 }  // namespace gatedelta

@@ -9,6 +9,7 @@
 #include "gatedelta/dtype.hpp"
 #include "gatedelta/export.hpp"
 #include "gatedelta/tensor.hpp"
+#include "gatedelta/window.hpp"
 
 /// The gated delta rule (Yang, Kautz, Hatamizadeh: "Gated Delta Networks", arXiv 2412.06464). For sequence n, token t, head h,
 /// with a state S of V x K per head:
@@ -95,6 +96,11 @@ struct GATEDELTA_API Config {
 ///   - `state_out`, one state a row (may be the same memory as state_in).
 /// A row of no tokens hands on its state unchanged.
 ///
+/// With a `window` (see window.hpp), `state` holds the checkpoints and `read_slots` pick checkpoint and window of each row; the
+/// tokens are appended to the windows and the state is stored only where a row is folded. write_slots, token_slots, accepted,
+/// snapshots and update_state = false do not go with it. A row has at most W tokens. Between two `accept`s each layer is run
+/// once for a slot: a second call would fold a second time.
+///
 /// Padding: a row whose read slot is <= null_slot writes zeros to its rows of `o`, and nothing else of it is looked at.
 /// A write or token slot <= null_slot only skips that store. Tokens outside every sequence of cu_seqlens get zeros in `o`.
 ///
@@ -102,6 +108,9 @@ struct GATEDELTA_API Config {
 /// backends throw before they touch anything. On the host each row reads the pool as it was before the call; on a device the
 /// content of a slot that one row stores to while another row reads it is undefined for the latter, as is that of a slot that
 /// two rows store to.
+///
+/// With a window, a length outside 0..W, an order that is no permutation, a parent that is not an earlier token, and two rows
+/// of one slot are errors as well.
 struct Arguments {
   TensorView q;  ///< [B,T,HQ,K]
   TensorView k;  ///< [B,T,HK,K]
@@ -126,6 +135,10 @@ struct Arguments {
 
   TensorView snapshots;   ///< written: [N,>=T,H,V,K], the state after each token
   TensorView cu_seqlens;  ///< [N+1], i32 or i64: sequence n is tokens cu_seqlens[n] to cu_seqlens[n+1]-1 of the one batch row
+
+  const ReplayWindow* window = nullptr;  ///< of this layer; only looked at during the call
+  TensorView parent;                     ///< [B,T] i32, with a window: the token's predecessor in its row's draft tree, an
+                                         ///< earlier token of the row or -1 for the window's last entry; default: a chain
 
   bool update_state = true;  ///< false: the pool is only read (no final and no token stores); snapshots are still written
 
@@ -167,6 +180,17 @@ class GATEDELTA_API GatedDeltaRule {
   void forward(const Arguments& arguments) const;
   /// Copies accepted snapshots into the pool; checks and runs as forward() does.
   void commit(const CommitArguments& arguments) const;
+
+  /// Keeps the accepted tokens of the last forward() in the replay windows: once for all layers, which share the record.
+  void accept(const AcceptArguments& arguments) const;
+  /// Empties replay windows: once for all layers.
+  void reset(const ResetArguments& arguments) const;
+  /// Folds replay windows of one layer into its checkpoints; `out` must not be given.
+  void fold(const FoldArguments& arguments) const;
+  /// Writes the states of one layer that checkpoints and windows stand for to `out`; changes nothing else.
+  void state_of(const FoldArguments& arguments) const;
+  /// Forks sequences: those of one layer, or the record.
+  void copy(const ForkArguments& arguments) const;
 
   /// Bytes of workspace that forward() of these arguments needs (0 for the host backends).
   std::size_t workspace_size(const Arguments& arguments) const;

@@ -45,6 +45,8 @@ struct Options {
   std::string layout = "vk";
   std::vector<int> threads;
   bool warm = false;
+  std::int64_t window = 0, accepted = 0;
+  std::string entries = "bf16";
   bench::Effort effort;
   double max_memory_mib = 3072;
   int host_calls = 1000;
@@ -130,6 +132,11 @@ std::vector<Case> named_cases(const Options& options, const Case& base) {
           item.dtype = dtype_of("--dtype", dtype);
           item.state_dtype = dtype_of("--state", state);
           item.warm = options.warm;
+          item.window = options.window;
+          item.entries = dtype_of("--entries", options.entries);
+          item.accepted = options.accepted > 0 ? options.accepted : count;
+          if (item.window > 0 && (count > item.window || item.accepted > count))
+            fail("--accepted: expected at most the tokens of a call, and these at most the window");
           out.push_back(item);
         }
   return out;
@@ -196,8 +203,11 @@ std::vector<Job> plan(const Options& options, const bench::Platform& platform) {
   for (const Case& item : cases_of(options, platform)) {
     if (item.mode != Mode::update && platform.device().type == DeviceType::cpu)
       fail(fmt::format("--mode: on the host there is a limit for update only, got {}", name_of(item.mode)));
+    if (item.mode != Mode::update && item.window > 0)
+      fail(fmt::format("--window: expected mode update, got {}", name_of(item.mode)));
     Job job{item, {}, {}, 0};
-    const Arguments shapes = bench::shapes_of(item, platform.device());
+    ReplayWindow window;
+    const Arguments shapes = bench::shapes_of(item, platform.device(), window);
     for (const std::string& name : options.backends) {
       const GatedDeltaRule rule(item.config(), name);
       job.backends.push_back(&rule.backend_for(shapes));
@@ -227,6 +237,9 @@ struct Result {
   const Timing& timing;
   const Limit& limit;
   const std::optional<Timing>& host;  ///< of the call alone, where its work goes on after it
+  bool window = false;                ///< the calls of this row have the case's window
+
+  std::string_view mode() const { return window ? "replay" : name_of(item.mode); }
 
   double gigabytes() const {
     return 1e-9 * static_cast<double>((1 + item.stores())) * static_cast<double>(item.state_bytes()) / timing.median();
@@ -254,13 +267,12 @@ void print_row(const Result& row) {
       "{:<10} {:<18} {:>5} {:>6} {:>7} {:>9} {:>5} {:>8} {:>6} {:>4} {:>11.{}f} {:>8.2f} {:>8.2f} {:>11.{}f} {:>6.3f}{} {:>7}  "
       "{:.{}f}..{:.{}f}\n",
       row.backend.name(),
-      item.mode == Mode::update ? std::string(name_of(item.op)) : fmt::format("{} {}", name_of(item.op), name_of(item.mode)),
-      item.batch, item.tokens, fmt::format("{}/{}", item.q_heads, item.v_heads),
-      fmt::format("{}x{}", item.key_dim, item.value_dim), name_of(item.dtype),
-      fmt::format("{}{}", name_of(item.state_dtype), item.value_last ? " kv" : ""), row.cache(), item.threads,
-      row.timing.median() * 1e6, digits, row.gigabytes(), row.gigaflops(), row.limit.seconds() * 1e6, digits, row.ratio(),
-      row.noisy() ? '!' : ' ', row.host ? fmt::format("{:.2f}", row.host->median() * 1e6) : "-", row.timing.quantile(0.1) * 1e6,
-      digits, row.timing.quantile(0.9) * 1e6, digits);
+      row.mode() == "update" ? std::string(name_of(item.op)) : fmt::format("{} {}", name_of(item.op), row.mode()), item.batch,
+      item.tokens, fmt::format("{}/{}", item.q_heads, item.v_heads), fmt::format("{}x{}", item.key_dim, item.value_dim),
+      name_of(item.dtype), fmt::format("{}{}", name_of(item.state_dtype), item.value_last ? " kv" : ""), row.cache(),
+      item.threads, row.timing.median() * 1e6, digits, row.gigabytes(), row.gigaflops(), row.limit.seconds() * 1e6, digits,
+      row.ratio(), row.noisy() ? '!' : ' ', row.host ? fmt::format("{:.2f}", row.host->median() * 1e6) : "-",
+      row.timing.quantile(0.1) * 1e6, digits, row.timing.quantile(0.9) * 1e6, digits);
   std::fflush(stdout);
 }
 
@@ -278,7 +290,7 @@ ordered_json json_of(const Result& row, const bench::Platform& platform, const s
   ordered_json out = {{"backend", row.backend.name()},
                       {"device", name_of(platform.device())},
                       {"op", name_of(item.op)},
-                      {"mode", name_of(item.mode)},
+                      {"mode", row.mode()},
                       {"batch", item.batch},
                       {"tokens", item.tokens},
                       {"q_heads", item.q_heads},
@@ -316,6 +328,11 @@ ordered_json json_of(const Result& row, const bench::Platform& platform, const s
                       {"commit", GATEDELTA_COMMIT},
                       {"command", command_line()},
                       {"date", date}};
+  if (row.window) {
+    out["window"] = item.window;
+    out["entries"] = name_of(item.entries);
+    out["accepted"] = item.accepted;
+  }
   out["calls_per_repetition"] = row.timing.calls();
   out["memory_limit_calls_per_repetition"] = row.limit.memory.calls();
   out["first_call_ms"] = first_call * 1e3;
@@ -371,8 +388,25 @@ void run(const Options& options) {
     bench::Workload workload(item, *platform, job.rotation, job.workspace_size);
     platform->wait();
     std::vector<std::function<void()>> subjects;
-    for (Backend* backend : job.backends)
-      subjects.emplace_back([&workload, rule = GatedDeltaRule(item.config(), *backend)] { rule.forward(workload.next()); });
+    // With a window each backend is timed without it as well. A cycle of calls with it is one subject: its folds belong to all.
+    for (Backend* backend : job.backends) {
+      const GatedDeltaRule rule(item.config(), *backend);
+      if (item.window > 0)
+        subjects.emplace_back([&workload, rule, cycle = item.cycle()] {
+          for (std::int64_t step = 0; step < cycle; ++step) {
+            const Arguments& arguments = workload.next();
+            rule.forward(arguments);
+            rule.accept(workload.accept(arguments));
+          }
+        });
+      subjects.emplace_back([&workload, rule] {
+        Arguments arguments = workload.next();
+        arguments.window = nullptr;
+        rule.forward(arguments);
+      });
+    }
+    const std::size_t forms = item.window > 0 ? 2 : 1;
+    const auto calls_of = [&](std::size_t subject) { return forms == 2 && subject % 2 == 0 ? item.cycle() : 1; };
     if (i == 0)
       first_call = seconds_of([&] {
         subjects[0]();
@@ -384,10 +418,10 @@ void run(const Options& options) {
     subjects.push_back(best_move(*platform, workload, item, effort));
     const bench::Measurement measured = bench::measure(*platform, subjects, effort);
     std::vector<std::optional<Timing>> host;
-    for (std::size_t b = 0; b < job.backends.size(); ++b) {
-      std::vector<double> times = platform->enqueue_seconds(options.host_calls, subjects[b]);
-      host.push_back(times.empty() ? std::nullopt : std::optional(Timing(std::move(times))));
-      job.backends[b]->synchronize(platform->stream());  // a call that met a fault has not done its work
+    for (std::size_t s = 0; s < forms * job.backends.size(); ++s) {
+      std::vector<double> times = platform->enqueue_seconds(options.host_calls, subjects[s]);
+      host.push_back(times.empty() ? std::nullopt : std::optional(Timing(std::move(times)).of_each(calls_of(s))));
+      job.backends[s / forms]->synchronize(platform->stream());  // a call that met a fault has not done its work
     }
 
     Limit limit{measured.timings.back(), measured.interruptions_per_second};
@@ -399,8 +433,9 @@ void run(const Options& options) {
       limit.arithmetic = item.flops() / limit.peak_flops;
     }
     progress.clear();
-    for (std::size_t b = 0; b < job.backends.size(); ++b) {
-      const Result row{item, *job.backends[b], job.rotation, measured.timings[b], limit, host[b]};
+    for (std::size_t s = 0; s < forms * job.backends.size(); ++s) {
+      const Timing timing = measured.timings[s].of_each(calls_of(s));
+      const Result row{item, *job.backends[s / forms], job.rotation, timing, limit, host[s], forms == 2 && s % 2 == 0};
       print_row(row);
       results.push_back(json_of(row, *platform, date, first_call));
     }
@@ -450,6 +485,14 @@ void add_bench_command(CLI::App& app) {
   command->add_option("--threads", options->threads, "threads: 1,2; all if not given")
       ->delimiter(',')
       ->check(CLI::Range(1, 1024));
+  command->add_option("--window", options->window, "capacity of a replay window: rows with and without it")
+      ->check(CLI::Range(min_window, max_window))
+      ->needs(op);
+  command->add_option("--entries", options->entries, "dtype of the window's entries")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"f32", "bf16"}));
+  command->add_option("--accepted", options->accepted, "tokens of each call that stay in the window; all if not given")
+      ->check(CLI::Range(1, 64));
   command->add_flag("--warm", options->warm, "use one state only, so that it stays in cache")->needs(op);
   command->add_option("--min-time", options->effort.min_seconds, "seconds of measurement for each row")
       ->capture_default_str()

@@ -73,6 +73,10 @@ def check_rows(folder):
     rows = rows_of(folder, "--op", "decode", "--batch", "1", "--threads", "1", "--backend", "reference,reference")
     check(len(rows) == 3 and len({row["limit_us"] for row in rows}) == 1, "several backends, one limit")
     check(len(rows_of(folder, "--threads", "1")) == 8, "the default set")
+    rows = rows_of(folder, "--op", "verify", "--tokens", "3", "--accepted", "2", "--window", "4", "--entries", "f32", "--threads", "1")
+    check([(r["mode"], r.get("window"), r.get("accepted"), r.get("entries")) for r in rows] ==
+          [("replay", 4, 2, "f32"), ("update", None, None, None)], "with the window and without it")
+    check(len({row["limit_us"] for row in rows}) == 1 and rows[0]["calls_per_repetition"] % 4 == 0, "whole cycles of a window")
 
 
 def check_usage(folder):
@@ -82,6 +86,7 @@ def check_usage(folder):
         ["--op", "decoding"], decode + ["--backend", "nonesuch"], decode + ["--batch", "0"], decode + ["--batch", "-1"],
         decode + ["--batch", "1,x"], decode + ["--tokens", "2"], ["--op", "prefill", "--tokens", "0"], ["--batch", "2"],
         decode + ["--heads", "16/24"], decode + ["--heads", "16/"], decode + ["--heads", "0/4"], decode + ["--dim", "0"],
+        decode + ["--mode", "snapshots", "--window", "4"], decode + ["--window", "4", "--accepted", "2"],
         decode + ["--mode", "rollback"], decode + ["--mode", "snapshots"], decode + ["--device", "tpu"], ["--mode", "update"],
         decode + ["--dtype", "f64"], decode + ["--state", "i32"], decode + ["--layout", "vkv"], decode + ["--threads", "0"],
         decode + ["--min-time", "-1"], decode + ["--nonesuch"], decode + ["--batch", "131072", "--heads", "512", "--dim", "4096"],
