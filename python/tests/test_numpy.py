@@ -170,10 +170,10 @@ def test_read_only_memory():
 
 
 class DeviceArray:
-    """What CuPy and Numba show of an array on a CUDA device; this one has no memory."""
+    """What CuPy and Numba show of an array on a CUDA device; this one has host memory."""
 
     def __init__(self, array, **changes):
-        self.shown = {"shape": array.shape, "typestr": array.dtype.str, "data": (0, False), "version": 3, "strides": None}
+        self.shown = {"shape": array.shape, "typestr": array.dtype.str, "data": (array.ctypes.data, False), "version": 3, "strides": None}
         self.shown.update(changes)
 
     @property
