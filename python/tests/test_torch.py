@@ -29,7 +29,7 @@ def pool_of(device, slots=6, dtype=torch.float32):
 
 
 def host(tensor):
-    return tensor.detach().float().cpu().numpy()
+    return tensor.detach().float().cpu().numpy().copy()
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)], ids=str)
