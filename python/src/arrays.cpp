@@ -169,6 +169,7 @@ TensorView Arrays::view(const char* name, nb::handle array, bool written) {
       return view_torch(name, array);
     case Framework::jax:
       if (written && !fresh_) fail_read_only(name, "jax arrays cannot be changed (leave outputs out, pass state_in for state)");
+      (void)array.attr("block_until_ready")();  // they may still be computed
       return view_dlpack(name, array, written);
     case Framework::cuda_interface:
       return view_cuda_interface(name, array, written);
@@ -345,8 +346,7 @@ nb::object Arrays::allocate(const char* name, nb::handle like, nb::handle dtype_
     const nb::object library = nb::module_::import_(root == "jax" ? "jax.numpy" : root.c_str());
     const nb::object dtype = dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::object(library.attr("float32"));
     if (root == "jax")
-      made = library.attr("empty")(sizes, nb::arg("dtype") = dtype, nb::arg("device") = like.attr("sharding"))
-                 .attr("block_until_ready")();
+      made = library.attr("empty")(sizes, nb::arg("dtype") = dtype, nb::arg("device") = like.attr("sharding"));
     else
       made = library.attr("empty")(sizes, dtype);
   }

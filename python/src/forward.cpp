@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string_view.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -109,7 +110,7 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
   config.softplus_beta = softplus_beta, config.softplus_threshold = softplus_threshold;
   config.null_slot = null_slot, config.num_threads = num_threads;
 
-  const std::int64_t rows = in.cu_seqlens.defined() ? in.cu_seqlens.shape[0] - 1 : in.q.shape[0];
+  const std::int64_t rows = in.cu_seqlens.defined() ? std::max<std::int64_t>(in.cu_seqlens.shape[0] - 1, 0) : in.q.shape[0];
   const std::int64_t heads = config.heads(), tokens = in.q.shape[1];
   const bool new_o = o.is_none();
   if (new_o)
@@ -139,14 +140,19 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
 
   const GatedDeltaRule rule(config, backend.value_or(""));
   in.stream = stream_for(arrays, q, in.q.device, stream);
+  bool wait = false;
   if (in.q.device.type == DeviceType::cuda) {
     in.workspace_size = rule.workspace_size(in);
-    if (in.workspace_size > 0) in.workspace = arrays.scratch(q, in.workspace_size);
+    if (in.workspace_size > 0) {
+      in.workspace = arrays.scratch(q, in.workspace_size);
+      // Its library hands it out again in the order of its current stream, which says nothing of another one.
+      wait = in.stream != arrays.stream(q, in.q.device);
+    }
   }
   {
     const nb::gil_scoped_release others_run;
     rule.forward(in);
-    if (arrays.must_wait()) check_all(in.q.device, in.stream);
+    if (wait || arrays.must_wait()) check_all(in.q.device, in.stream);
   }
   if (state_out.asked && snapshots.asked) return nb::make_tuple(o, state_out.array, snapshots.array);
   if (state_out.asked) return nb::make_tuple(o, state_out.array);
