@@ -238,3 +238,20 @@ def test_transformers_reference_functions(device, tokens, dtype, rounding):
     o, final = gatedelta.forward(q, k, v, a=x["a"], A_log=x["A_log"], dt_bias=x["dt_bias"], b=x["b"], state_out=True,
                                  state_in=start.transpose(2, 3))  # fmt: skip
     assert error(host(o), host(wanted)) < rounding
+
+
+def test_compiled(device):
+    """The drop-ins are traced as operators."""
+
+    def step(x, pool, slots):
+        o, _ = flashinfer.gated_delta_rule_decode_pretranspose(
+            x["q"], x["k"], x["v"], None, **flashinfer_arguments(x), initial_state=pool, initial_state_indices=slots)  # fmt: skip
+        final = fla.fused_recurrent_gated_delta_rule(x["q"], x["k"], o, g=-x["a"].abs(), output_final_state=True)[1]
+        return o, final
+
+    x, _ = tensors(device, T=1)
+    pool, slots = states(device, 4, 4, 24, 16), indices(device, 2, 0)
+    plain_pool = pool.clone()
+    wanted = step(x, plain_pool, slots)
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(x, pool, slots)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted)) and torch.equal(pool, plain_pool)
