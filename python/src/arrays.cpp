@@ -267,15 +267,19 @@ TensorView Arrays::view_cuda_interface(const char* name, nb::handle array, bool 
 }
 
 TensorView Arrays::view_dlpack(const char* name, nb::handle array, bool written) {
-  const nb::tuple place = nb::cast<nb::tuple>(call_method(array, names().__dlpack_device__));
-  const auto device_type = static_cast<std::int32_t>(integer(place[0]));
+  // A JAX array has been waited for, so that it does not matter where it is.
+  std::int32_t device_type = dl_cpu;
+  if (framework_of(array) != Framework::jax) {
+    const nb::tuple place = nb::cast<nb::tuple>(call_method(array, names().__dlpack_device__));
+    device_type = static_cast<std::int32_t>(integer(place[0]));
+  }
   nb::object capsule;
   const nb::object method = attribute(array, names().__dlpack__);
-  const bool cuda = device_type == dl_cuda || device_type == dl_cuda_managed;
+  const auto on_cuda = [](std::int32_t type) { return type == dl_cuda || type == dl_cuda_managed; };
   // 1 is the legacy default stream, which forward() then runs on.
   const auto export_to = [&](bool versioned) {
     nb::dict options;
-    if (cuda) options["stream"] = 1;
+    if (on_cuda(device_type)) options["stream"] = 1;
     if (versioned) options["max_version"] = nb::make_tuple(1, 0);
     return method(**options);
   };
@@ -309,11 +313,12 @@ TensorView Arrays::view_dlpack(const char* name, nb::handle array, bool written)
   }
   if (!dtype) fail_dtype(name, text(nb::getattr(array, "dtype", nb::str("another one"))));
   view.dtype = *dtype;
-  if (cuda) {
+  const std::int32_t found_type = source->device.type;
+  if (on_cuda(found_type)) {
     view.device = {DeviceType::cuda, source->device.id};
     must_wait_ = true;
-  } else if (device_type != dl_cpu && device_type != dl_cuda_host) {
-    fail(name, "expected memory of the host or a CUDA device, got DLPack device " + std::to_string(device_type));
+  } else if (found_type != dl_cpu && found_type != dl_cuda_host) {
+    fail(name, "expected memory of the host or a CUDA device, got DLPack device " + std::to_string(found_type));
   }
   set_rank(name, view, source->ndim);
   for (int i = 0; i < view.rank; ++i) view.shape[i] = source->shape[i];
@@ -346,7 +351,7 @@ nb::object Arrays::allocate(const char* name, nb::handle like, nb::handle dtype_
     const nb::object library = nb::module_::import_(root == "jax" ? "jax.numpy" : root.c_str());
     const nb::object dtype = dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::object(library.attr("float32"));
     if (root == "jax")
-      made = library.attr("empty")(sizes, nb::arg("dtype") = dtype, nb::arg("device") = like.attr("sharding"));
+      made = nb::module_::import_("gatedelta._jax").attr("empty")(sizes, dtype, like.attr("sharding"));
     else
       made = library.attr("empty")(sizes, dtype);
   }

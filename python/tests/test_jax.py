@@ -25,3 +25,12 @@ def test_arrays_that_cannot_be_changed():
     x = {name: jax.numpy.asarray(array) for name, array in inputs().items()}
     with pytest.raises(gatedelta.InvalidArgument, match="state: is written, but jax arrays cannot be changed"):
         gatedelta.forward(**x, state=jax.numpy.zeros((2, 4, 24, 16)))
+
+
+def test_results_have_memory_of_their_own():
+    x = {name: jax.numpy.asarray(array) for name, array in inputs().items()}
+    results = [gatedelta.forward(**{**x, "v": scale * x["v"]}) for scale in (1.0, 2.0, 3.0)]
+    for scale, o in zip((1.0, 2.0, 3.0), results):
+        assert error(o, scale * np.asarray(results[0])) < 1e-6
+    assert len({o.unsafe_buffer_pointer() for o in results}) == 3
+    assert not jax.numpy.zeros((2, 3, 4, 24)).any()
