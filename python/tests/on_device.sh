@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # The Python tests on a machine with a CUDA device, PyTorch and no network: on_device.sh WHEEL [FLASHINFER FLA], where the last two are
-# checkouts of these projects. Logs and measurements go to the folder $OUT (default: build-python).
+# checkouts of these projects. Logs and measurements go to the folder $OUT (default: build-python). $STEPS is an expression for the
+# names of the steps to run (default: all).
 set -uo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." || exit
 if [ $# -lt 1 ]; then
-  sed -n 3,4p "$0" >&2
+  sed -n 3,5p "$0" >&2
   exit 2
 fi
 out=${OUT:-build-python}
@@ -20,6 +21,7 @@ export PYTHONPATH=$site
 step() {
   local name=$1
   shift
+  [[ $name =~ ${STEPS-} ]] || return 0
   echo "== $name"
   "$@" >"$out/$name.log" 2>&1 || failed=1
   tail -n 12 "$out/$name.log" | cut -c 1-300
