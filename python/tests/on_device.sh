@@ -32,7 +32,7 @@ step tests python3 -m pytest -s -p no:cacheprovider
 step decode python3 examples/python/decode.py --batch 64
 step decode-compiled python3 examples/python/decode.py --batch 64 --compile
 processes=$(python3 -c 'import torch; print(torch.cuda.device_count())')
-for count in 1 "$processes"; do
+for count in $(printf '%s\n' 1 "$processes" | sort -u); do
   for batch in 16 128 512; do
     step "parallel-$count-$batch" python3 -m torch.distributed.run --nproc-per-node "$count" examples/python/tensor_parallel.py \
       --batch "$batch" --json "$out/parallel-$count-$batch.json"
