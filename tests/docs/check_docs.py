@@ -20,7 +20,7 @@ def body(source: str) -> str:
 
 
 def documents() -> list[pathlib.Path]:
-    built = ("build", "subprojects", ".venv")
+    built = ("build", "subprojects", "dist", ".")
     return [path for path in sorted(root.rglob("*.md")) if not path.relative_to(root).parts[0].startswith(built)]
 
 
