@@ -51,9 +51,47 @@ double seconds_of(const std::function<void()>& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
+/// What is timed as one.
+struct Repetition {
+  std::function<double()> run;
+  int calls = 1;
+  double seconds = 0;
+};
+
+Repetition plan(Platform& platform, const std::function<void()>& call, const Effort& effort) {
+  double estimate = platform.prepare(1, call)();
+  if (estimate < 1) estimate = platform.prepare(1, call)();  // the first call also starts threads and faults in memory
+  const double target = platform.repetition_seconds();
+  const auto calls_for = [&](double seconds) {
+    return std::max(effort.least_calls, static_cast<int>(std::clamp(std::ceil(target / seconds), 1.0, 4000.0)));
+  };
+  Repetition out;
+  out.calls = calls_for(estimate);
+  out.run = platform.prepare(out.calls, call);
+  out.seconds = estimate * out.calls;
+  if (out.calls == 1) return out;
+  // One call alone may have taken much longer than one of many.
+  out.seconds = out.run();
+  if (const int more = calls_for(out.seconds / out.calls); more > out.calls + out.calls / 4) {
+    out.calls = more;
+    out.run = platform.prepare(out.calls, call);
+    out.seconds = out.run();
+  }
+  return out;
+}
+
 }  // namespace
 
-Timing::Timing(std::vector<double> seconds) : sorted_(std::move(seconds)) { std::sort(sorted_.begin(), sorted_.end()); }
+Timing::Timing(std::vector<double> seconds, int calls) : sorted_(std::move(seconds)), calls_(calls) {
+  std::sort(sorted_.begin(), sorted_.end());
+}
+
+Timing Timing::of_each(std::int64_t calls) const {
+  Timing out = *this;
+  for (double& seconds : out.sorted_) seconds /= static_cast<double>(calls);
+  out.calls_ *= static_cast<int>(calls);
+  return out;
+}
 
 double Timing::quantile(double share) const {
   const double position = share * static_cast<double>(sorted_.size() - 1);
@@ -66,29 +104,28 @@ Measurement measure(Platform& platform, const std::vector<std::function<void()>>
   initialize_once();
   benchmark::ClearRegisteredBenchmarks();
   std::exception_ptr failure;
+  std::vector<int> calls;  // of each subject's repetitions
   for (std::size_t i = 0; i < subjects.size(); ++i) {
     const std::function<void()>& call = subjects[i];
-    double estimate = platform.seconds(1, call);
-    if (estimate < 1) estimate = platform.seconds(1, call);  // the first call also starts threads and faults in memory
-    const int calls = static_cast<int>(std::clamp(std::ceil(1e-3 / estimate), 1.0, 1000.0));
-    const int unmeasured = effort.warm ? 1 : 0;
+    const Repetition repetition = plan(platform, call, effort);
+    calls.push_back(repetition.calls);
+    const std::function<double()> before = effort.warm ? platform.prepare(1, call) : [] { return 0.0; };
     const bool fixed = effort.repetitions > 0;
     const int repetitions =
-        fixed ? effort.repetitions
-              : static_cast<int>(std::clamp(effort.min_seconds / (estimate * (calls + unmeasured)), 15.0, 500.0));
+        fixed ? effort.repetitions : static_cast<int>(std::clamp(effort.min_seconds / repetition.seconds, 15.0, 500.0));
 
-    const auto repeat = [&, calls, unmeasured, fixed, done = 0, spent = 0.0](benchmark::State& state) mutable {
+    const auto repeat = [&, repetition, before, fixed, done = 0, spent = 0.0](benchmark::State& state) mutable {
       for (auto _ : state) {
         if (!fixed && done >= 3 && spent > 10 * effort.min_seconds) {
           state.SkipWithError("slower than expected");
           break;
         }
         try {
-          spent += platform.seconds(unmeasured, call);
-          const double time = platform.seconds(calls, call);
+          spent += before();
+          const double time = repetition.run();
           spent += time;
           ++done;
-          state.SetIterationTime(time / calls);
+          state.SetIterationTime(time / repetition.calls);
         } catch (...) {
           failure = std::current_exception();
           state.SkipWithError("failed");
@@ -107,7 +144,10 @@ Measurement measure(Platform& platform, const std::vector<std::function<void()>>
   });
   benchmark::ClearRegisteredBenchmarks();
   if (failure) std::rethrow_exception(failure);
-  return {{collector.seconds.begin(), collector.seconds.end()}, interruptions / elapsed};
+  Measurement out;
+  for (std::size_t i = 0; i < subjects.size(); ++i) out.timings.emplace_back(collector.seconds[i], calls[i]);
+  out.interruptions_per_second = interruptions / elapsed;
+  return out;
 }
 
 }  // namespace gatedelta::bench

@@ -61,6 +61,12 @@ void fill_as(const TensorView& dense, const Normal& numbers, int threads, Conver
   });
 }
 
+double seconds(int calls, const std::function<void()>& call) {
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < calls; ++i) call();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
 /// The number after `key` in a file of "key: value" lines, or -1.
 double number_in(const char* path, const std::string& key) {
   std::ifstream file(path);
@@ -123,11 +129,11 @@ class HostPlatform final : public Platform {
     });
   }
 
-  double seconds(int calls, const std::function<void()>& call) override {
-    const auto begin = std::chrono::steady_clock::now();
-    for (int i = 0; i < calls; ++i) call();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  std::function<double()> prepare(int calls, const std::function<void()>& call) override {
+    return [calls, call] { return seconds(calls, call); };
   }
+
+  double repetition_seconds() const override { return 1e-3; }
 
   std::int64_t interruptions() const override {
     rusage usage{};
@@ -135,12 +141,12 @@ class HostPlatform final : public Platform {
     return usage.ru_nivcsw;
   }
 
-  void read_modify_write(void* data, std::size_t bytes, int threads) override {
+  void move(const Traffic& traffic, int /*shape*/, int threads) override {
     // Any dtype's bytes are taken as float lanes. A lane is NaN or subnormal only where a state is or is exactly zero, so
     // 1*x + 0 runs at full speed and keeps every bit. The compiler must not know that it is 1 and 0.
     const float a = one_, b = zero_;
-    for_parts(bytes / sizeof(float), alignment / sizeof(float), threads, [&](std::size_t begin, std::size_t end) {
-      kernels_.scale_add(static_cast<float*>(data) + begin, end - begin, a, b);
+    for_parts(traffic.bytes / sizeof(float), alignment / sizeof(float), threads, [&](std::size_t begin, std::size_t end) {
+      kernels_.scale_add(static_cast<float*>(traffic.write) + begin, end - begin, a, b);
     });
   }
 

@@ -6,6 +6,8 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "gatedelta/tensor.hpp"
 
@@ -17,7 +19,7 @@ struct Normal {
   float mean = 0;
   float deviation = 1;
 
-  float operator()(std::uint64_t index) const noexcept {
+  constexpr float operator()(std::uint64_t index) const noexcept {
     std::uint64_t z = seed * 0xd1342543de82ef95u + (index + 1) * 0x9e3779b97f4a7c15u;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -26,6 +28,15 @@ struct Normal {
     // The sum has mean 2 * 65535 and a variance of 4/12 * 65536^2.
     return mean + deviation * (static_cast<float>(sum) - 131070.0f) * (1.7320508f / 65536.0f);
   }
+};
+
+/// What a call has to move at least: `bytes` read once and written to `copies` places, the first of which is `write`, one after
+/// the other. `write` may be `read` itself; no copies: only read.
+struct Traffic {
+  const void* read = nullptr;
+  void* write = nullptr;
+  std::size_t bytes = 0;
+  std::int64_t copies = 1;
 };
 
 /// The machine side of a benchmark: memory, clock and limits of one kind of device. A backend for another device brings its
@@ -55,20 +66,37 @@ class Platform {
   /// Within the device. Like fill(), on the host it shares the work such that each thread first touches its part.
   virtual void copy(void* to, const void* from, std::size_t bytes, int threads) = 0;
 
-  /// The time of `calls` calls one after the other, until all of their work is done.
-  virtual double seconds(int calls, const std::function<void()>& call) = 0;
+  /// Where calls are to enqueue their work: Arguments::stream.
+  virtual void* stream() const { return nullptr; }
+  /// Makes `calls` calls ready to be timed, again and again: the result runs them one after the other until all of their work
+  /// is done and gives the time of that. Device platforms may record what the calls enqueue, here, and replay that.
+  virtual std::function<double()> prepare(int calls, const std::function<void()>& call) = 0;
+  /// How long a repetition should take at least, for the clock and for whatever surrounds the calls.
+  virtual double repetition_seconds() const = 0;
+  /// Waits until all that was enqueued is done.
+  virtual void wait() {}
+  /// The times of up to `calls` calls until they have returned, with the device idle now and then; none where calls do not
+  /// return before their work is done.
+  virtual std::vector<double> enqueue_seconds(int /*calls*/, const std::function<void()>& /*call*/) { return {}; }
 
   /// How often, so far, this process lost a processor to another one.
   virtual std::int64_t interruptions() const = 0;
 
-  /// Reads and writes the bytes once, in place; the values stay as they are.
-  virtual void read_modify_write(void* data, std::size_t bytes, int threads) = 0;
+  /// In how many shapes move() comes; the fastest one is the limit.
+  virtual int move_shapes() const { return 1; }
+  /// The traffic alone, as fast as the device can. Values moved in place stay as they are. The host's platform does only one
+  /// copy in place.
+  virtual void move(const Traffic& traffic, int shape, int threads) = 0;
   /// The best float32 multiply-add rate out of registers that a few short loops reach, in FLOP/s.
   virtual double measure_peak_flops(int threads) = 0;
   /// The instruction set of the limits.
   virtual std::string limit_description() const = 0;
+  /// What else a result should say of the device: its driver, for instance.
+  virtual std::vector<std::pair<std::string, std::string>> facts() const { return {}; }
 };
 
 std::unique_ptr<Platform> make_host_platform();
+/// The first CUDA device. Throws Error(unsupported) where there is none or this build has no CUDA.
+std::unique_ptr<Platform> make_cuda_platform();
 
 }  // namespace gatedelta::bench

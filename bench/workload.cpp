@@ -2,6 +2,7 @@
 #include "workload.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <random>
@@ -13,7 +14,8 @@ namespace {
 
 using Allocate = std::function<void*(std::size_t)>;
 
-Arguments make_arguments(const Case& item, Device device, const Allocate& allocate) {
+/// The arguments; without `window` all but that, whose memory counts nevertheless.
+Arguments make_arguments(const Case& item, Device device, const Allocate& allocate, ReplayWindow* window = nullptr) {
   const auto tensor = [&](DType dtype, std::initializer_list<std::int64_t> shape) {
     TensorView view = make_view(nullptr, dtype, {shape.begin(), shape.size()}, {}, device);
     view.data = allocate(static_cast<std::size_t>(view.elements()) * size_of(dtype));
@@ -29,15 +31,50 @@ Arguments make_arguments(const Case& item, Device device, const Allocate& alloca
   out.b = tensor(item.dtype, {B, T, H});
   out.A_log = tensor(DType::f32, {H});
   out.dt_bias = tensor(DType::f32, {H});
-  out.read_slots = tensor(DType::i32, {B});
-  out.state =
-      item.value_last ? tensor(item.state_dtype, {B, H, K, V}).transposed(2, 3) : tensor(item.state_dtype, {B, H, V, K});
+  const std::int64_t rows = item.value_last ? K : V, columns = item.value_last ? V : K;
+  const std::int64_t slots = item.mode == Mode::token_slots ? B * T : B;
+  out.state = tensor(item.state_dtype, {slots, H, rows, columns});
+  if (item.value_last) out.state = out.state.transposed(2, 3);
+  if (item.mode == Mode::token_slots) {
+    out.token_slots = tensor(DType::i32, {B, T});
+    out.accepted = tensor(DType::i32, {B});
+  } else {
+    out.read_slots = tensor(DType::i32, {B});
+  }
+  if (item.mode == Mode::snapshots) {
+    out.snapshots = tensor(item.state_dtype, {B, T, H, rows, columns});
+    if (item.value_last) out.snapshots = out.snapshots.transposed(3, 4);
+  }
+  out.update_state = item.mode == Mode::update || item.mode == Mode::token_slots;
+  if (item.window > 0) {
+    const WindowLayout layout = window_layout(item.config(), B, item.window, item.entries, T);
+    void* const layer = allocate(layout.layer_bytes);
+    void* const record = allocate(layout.record_bytes);
+    if (window != nullptr) {
+      *window = window_at(layout, layer, record, device);
+      out.window = window;
+    }
+  }
   return out;
 }
 
 }  // namespace
 
 std::string_view name_of(Op op) noexcept { return op == Op::decode ? "decode" : op == Op::verify ? "verify" : "prefill"; }
+
+std::string_view name_of(Mode mode) noexcept {
+  switch (mode) {
+    case Mode::update:
+      return "update";
+    case Mode::snapshots:
+      return "snapshots";
+    case Mode::read_only:
+      return "read-only";
+    case Mode::token_slots:
+      return "token-slots";
+  }
+  return {};
+}
 
 Config Case::config() const {
   Config config;
@@ -47,7 +84,7 @@ Config Case::config() const {
   config.value_dim = value_dim;
   DTypes& dtypes = config.dtypes;
   dtypes.q = dtypes.k = dtypes.v = dtypes.o = dtypes.gate = dtypes.beta = dtype;
-  dtypes.state = state_dtype;
+  dtypes.state = dtypes.snapshots = state_dtype;
   config.num_threads = threads;
   return config;
 }
@@ -56,13 +93,16 @@ std::size_t Case::state_bytes() const {
   return static_cast<std::size_t>(batch * config().heads() * value_dim * key_dim) * size_of(state_dtype);
 }
 
+std::int64_t Case::stores() const { return mode == Mode::update ? 1 : mode == Mode::read_only ? 0 : tokens; }
+
 double Case::flops() const {
   return 7.0 * static_cast<double>(batch * tokens * config().heads()) * static_cast<double>(key_dim * value_dim);
 }
 
-Arguments shapes_of(const Case& item, Device device) {
-  static std::byte somewhere;  // views of memory that nobody reads; a null pointer would not pass for a tensor
-  return make_arguments(item, device, [](std::size_t) { return &somewhere; });
+Arguments shapes_of(const Case& item, Device device, ReplayWindow& window) {
+  alignas(256) static std::byte somewhere;  // views of memory that nobody reads; a null pointer would not pass for a tensor
+  return make_arguments(
+      item, device, [](std::size_t) { return &somewhere; }, &window);
 }
 
 Rotation plan_rotation(const Case& item, const Platform& platform, double max_bytes) {
@@ -85,14 +125,23 @@ Rotation plan_rotation(const Case& item, const Platform& platform, double max_by
   return rotation;
 }
 
-Workload::Workload(const Case& item, Platform& platform, const Rotation& rotation) {
+Workload::Workload(const Case& item, Platform& platform, const Rotation& rotation, std::size_t workspace_size) : item_(item) {
   std::vector<std::size_t> sizes;  // of an instance's blocks
-  for (int i = 0; i < rotation.instances; ++i)
-    instances_.push_back(make_arguments(item, platform.device(), [&](std::size_t bytes) {
+  for (int i = 0; i < rotation.instances; ++i) {
+    windows_.push_back(std::make_unique<ReplayWindow>());
+    const auto allocate = [&](std::size_t bytes) {
       if (i == 0) sizes.push_back(bytes);
       memory_.push_back(platform.allocate(bytes));
       return memory_.back().get();
-    }));
+    };
+    instances_.push_back(make_arguments(item, platform.device(), allocate, windows_.back().get()));
+  }
+  if (workspace_size > 0) workspace_ = platform.allocate(workspace_size);
+  for (Arguments& instance : instances_) {
+    instance.stream = platform.stream();
+    instance.workspace = workspace_.get();
+    instance.workspace_size = workspace_size;
+  }
 
   const Arguments& first = instances_.front();
   std::uint64_t seed = 0;
@@ -109,17 +158,65 @@ Workload::Workload(const Case& item, Platform& platform, const Rotation& rotatio
   fill(first.dt_bias, -3.9f, 0.5f);
   fill(first.b, 0, 1);
   fill(first.state, 0, 0.1f);
+  if (first.snapshots.defined()) fill(first.snapshots, 0, 0);
   // In a server a batch's slots lie in no order.
-  std::vector<std::int32_t> slots(static_cast<std::size_t>(item.batch));
+  std::mt19937 random(1);
+  const TensorView& given = first.read_slots.defined() ? first.read_slots : first.token_slots;
+  std::vector<std::int32_t> slots(static_cast<std::size_t>(given.elements()));
   std::iota(slots.begin(), slots.end(), 0);
-  std::shuffle(slots.begin(), slots.end(), std::mt19937(1));
-  platform.copy_from_host(first.read_slots.data, slots.data(), slots.size() * sizeof slots[0]);
+  std::shuffle(slots.begin(), slots.end(), random);
+  platform.copy_from_host(given.data, slots.data(), slots.size() * sizeof slots[0]);
+  if (first.accepted.defined()) {
+    std::vector<std::int32_t> accepted(static_cast<std::size_t>(item.batch));
+    for (std::int32_t& count : accepted)
+      count = std::uniform_int_distribution<std::int32_t>(1, static_cast<std::int32_t>(item.tokens))(random);
+    platform.copy_from_host(first.accepted.data, accepted.data(), accepted.size() * sizeof accepted[0]);
+  }
+  if (item.window > 0) start_windows(platform);
 
   // The times do not depend on the numbers, so the other instances are copies.
   for (std::size_t block = sizes.size(); block < memory_.size(); ++block) {
     const std::size_t original = block % sizes.size();
     platform.copy(memory_[block].get(), memory_[original].get(), sizes[original], item.threads);
   }
+}
+
+Traffic Workload::traffic(const Arguments& arguments) const {
+  Traffic out;
+  out.read = out.write = arguments.state.data;
+  if (arguments.snapshots.defined()) out.write = arguments.snapshots.data;
+  out.bytes = item_.state_bytes();
+  out.copies = item_.stores();
+  return out;
+}
+
+/// Sequences of a server are folded at different steps: so their windows start at all lengths.
+void Workload::start_windows(Platform& platform) {
+  const ReplayWindow& window = *windows_.front();
+  platform.fill(window.keys, {101, 0, 1 / std::sqrt(static_cast<float>(item_.key_dim))}, item_.threads);
+  platform.fill(window.corrections, {102, 0, 0.5f}, item_.threads);
+  platform.fill(window.decays, {103, -0.01f, 0.001f}, item_.threads);
+  std::vector<std::int32_t> lengths, order, accepted(static_cast<std::size_t>(item_.batch));
+  for (std::int64_t n = 0; n < item_.batch; ++n) {
+    lengths.push_back(static_cast<std::int32_t>(n * item_.accepted % item_.window));
+    for (std::int64_t i = 0; i < window.record.order.shape[1]; ++i) order.push_back(static_cast<std::int32_t>(i));
+  }
+  platform.copy_from_host(window.record.length.data, lengths.data(), lengths.size() * sizeof lengths[0]);
+  platform.copy_from_host(window.record.order.data, order.data(), order.size() * sizeof order[0]);
+  std::fill(accepted.begin(), accepted.end(), static_cast<std::int32_t>(item_.accepted));
+  accepted_memory_ = platform.allocate(accepted.size() * sizeof accepted[0]);
+  platform.copy_from_host(accepted_memory_.get(), accepted.data(), accepted.size() * sizeof accepted[0]);
+  accepted_ = make_view(accepted_memory_.get(), DType::i32, std::array{item_.batch}, {}, platform.device());
+}
+
+AcceptArguments Workload::accept(const Arguments& arguments) const {
+  AcceptArguments out;
+  out.record = arguments.window->record;
+  out.slots = arguments.read_slots;
+  out.accepted = accepted_;
+  out.tokens = arguments.q.shape[1];
+  out.stream = arguments.stream;
+  return out;
 }
 
 const Arguments& Workload::next() {

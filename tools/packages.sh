@@ -6,10 +6,10 @@
 # Programs, each as package:command; a command that is there counts, wherever it comes from.
 build_programs=(g++:g++ ninja-build:ninja pkg-config:pkg-config cmake:cmake python3:python3)
 # Header-only or small libraries; subprojects/*.wrap stands in for each of them.
-build_libraries=(libeigen3-dev doctest-dev libcli11-dev libfmt-dev nlohmann-json3-dev libbenchmark-dev)
+build_libraries=(libeigen3-dev doctest-dev libcli11-dev libfmt-dev nlohmann-json3-dev libbenchmark-dev libdlpack-dev)
 # What CI needs on top.
-ci_programs=(clang:clang++ clang-format-14:clang-format-14 shellcheck:shellcheck ccache:ccache git:git)
-ci_libraries=(libomp-dev)
+ci_programs=(clang:clang++ clang-format-14:clang-format-14 shellcheck:shellcheck ccache:ccache git:git doxygen:doxygen)
+ci_libraries=(libomp-dev libtrilinos-kokkos-dev)
 
 meson_minimum=1.0.0
 

@@ -17,6 +17,7 @@
 #include "check.hpp"
 #include "model.hpp"
 #include "progress.hpp"
+#include "speculative.hpp"
 
 namespace textgen {
 namespace {
@@ -29,6 +30,7 @@ struct Options {
   std::int64_t batch = 0;  // 0: one sequence for each prompt
   int threads = 0;
   std::string state = "f32";
+  std::string speculative;  // "chain" or "tree"; empty: plain decoding
   bool check = false;
 };
 
@@ -124,9 +126,13 @@ int run(int argc, char** argv) {
   app.add_option("--state", options.state, "dtype of the recurrent state")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}))
       ->capture_default_str();
+  app.add_option("--speculative", options.speculative,
+                 "decode each prompt plainly and speculatively, with guesses in a chain or in a tree, and compare")
+      ->check(CLI::IsMember({"chain", "tree"}))
+      ->excludes("--batch");
   app.add_option("--model", options.model, "the weights (safetensors)")->capture_default_str();
   app.add_flag("--check", options.check, "replay the text in greedy.safetensors, beside the model, and compare")
-      ->excludes("--prompt", "--tokens", "--batch", "--state");
+      ->excludes("--prompt", "--tokens", "--batch", "--state", "--speculative");
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& help) {
@@ -139,6 +145,11 @@ int run(int argc, char** argv) {
   if (options.threads > 0) omp_set_num_threads(options.threads);  // of the dense layers
 #endif
   const Model model = Model::load(options.model);
+  if (!options.speculative.empty()) {
+    const RunnerOptions runner{
+        .backend = options.backend, .state = *gatedelta::dtype_from_name(options.state), .threads = options.threads};
+    return generate_speculatively(model, runner, options.prompts, options.tokens, options.speculative == "tree") ? 0 : 1;
+  }
   if (!options.check) {
     generate(model, options);
     return 0;

@@ -5,11 +5,11 @@
 #include <fmt/ranges.h>
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
 #include "io/safetensors.hpp"
+#include "speculative.hpp"
 
 namespace textgen {
 namespace {
@@ -166,27 +166,33 @@ Model Model::load(const std::filesystem::path& path) try {
   throw std::runtime_error(fmt::format("{}: config: {}", path.string(), error.what()));
 }
 
-SequencePool::SequencePool(const ModelConfig& config, std::int64_t slots, DType dtype)
-    : slots_(slots), mixer_(config.mixer(dtype, 0)), history_rows_(config.conv - 1), history_width_(config.qkv_width()) {
+SequencePool::SequencePool(const ModelConfig& config, std::int64_t slots, DType dtype, gatedelta::device::Memory& memory)
+    : memory_(memory),
+      layers_(config.layers),
+      slots_(slots),
+      mixer_(config.mixer(dtype, 0)),
+      history_rows_(config.conv - 1),
+      history_width_(config.qkv_width()) {
   state_bytes_ = static_cast<std::size_t>(mixer_.heads() * mixer_.value_dim * mixer_.key_dim) * gatedelta::size_of(dtype);
-  const std::size_t entries = static_cast<std::size_t>(config.layers * slots);
-  states_.resize(entries * state_bytes_);  // zero: a sequence of no tokens
+  const std::size_t entries = static_cast<std::size_t>(layers_ * slots);
+  states_ = {memory_.allocate(entries * state_bytes_), [&memory](void* states) { memory.release(states); }};
   history_.resize(entries * static_cast<std::size_t>(history_rows_ * history_width_));
+  for (std::int64_t slot = 0; slot < slots; ++slot) clear(slot);
 }
 
 void SequencePool::clear(std::int64_t slot) {
-  const std::int64_t layers = static_cast<std::int64_t>(states_.size() / state_bytes_) / slots_;
-  for (std::int64_t layer = 0; layer < layers; ++layer) {
+  const std::vector<std::byte> zero(state_bytes_);  // a sequence of no tokens
+  for (std::int64_t layer = 0; layer < layers_; ++layer) {
     const std::size_t entry = static_cast<std::size_t>(layer * slots_ + slot);
-    std::memset(states_.data() + entry * state_bytes_, 0, state_bytes_);
+    memory_.copy_in(static_cast<std::byte*>(states_.get()) + entry * state_bytes_, zero.data(), state_bytes_);
     history(layer, slot).setZero();
   }
 }
 
 TensorView SequencePool::states(std::int64_t layer) {
-  std::byte* first = states_.data() + static_cast<std::size_t>(layer * slots_) * state_bytes_;
+  std::byte* first = static_cast<std::byte*>(states_.get()) + static_cast<std::size_t>(layer * slots_) * state_bytes_;
   const std::int64_t shape[] = {slots_, mixer_.heads(), mixer_.value_dim, mixer_.key_dim};
-  return gatedelta::make_view(first, mixer_.dtypes.state, shape);
+  return gatedelta::make_view(first, mixer_.dtypes.state, shape, {}, memory_.device());
 }
 
 Eigen::Map<Matrix> SequencePool::history(std::int64_t layer, std::int64_t slot) {
@@ -196,7 +202,9 @@ Eigen::Map<Matrix> SequencePool::history(std::int64_t layer, std::int64_t slot) 
 Runner::Runner(const Model& model, const RunnerOptions& options)
     : model_(model),
       rule_(model.config.mixer(options.state, options.threads), options.backend),
-      pool_(model.config, options.slots, options.state) {}
+      memory_(gatedelta::device::memory_for_name(options.backend)),
+      calls_(memory_),
+      pool_(model.config, options.slots, options.state, memory_) {}
 
 const Matrix& Runner::step(const Step& step) {
   check(step);
@@ -215,6 +223,7 @@ void Runner::check(const Step& step) const {
     throw std::invalid_argument("step: expected at least one sequence, and cu_seqlens with one entry more than slots");
   if (step.cu_seqlens.front() != 0 || step.cu_seqlens.back() != static_cast<std::int64_t>(step.bytes.size()))
     throw std::invalid_argument("step: expected cu_seqlens from 0 to the number of bytes");
+  if (step.drafts && step.slots.size() != 1) throw std::invalid_argument("step: expected one sequence with drafts");
   for (std::size_t n = 0; n < step.slots.size(); ++n) {
     if (step.cu_seqlens[n] >= step.cu_seqlens[n + 1])
       throw std::invalid_argument(fmt::format("step: sequence {} has no tokens", n));
@@ -253,8 +262,13 @@ void Runner::convolve(std::int64_t layer, const Step& step) {
     for (std::int64_t t = 0; t < tokens; ++t) {
       auto out = mixed_.row(first + t).array();
       out = taps.row(before).array() * input(t);
-      for (std::int64_t j = 0; j < before; ++j) out += taps.row(j).array() * input(t - before + j);
+      for (std::int64_t j = 0; j < before; ++j)
+        out += taps.row(j).array() * input(step.drafts ? step.drafts->ancestor(t, before - j) : t - before + j);
       out = silu(out);
+    }
+    if (step.drafts) {
+      step.drafts->keep_inputs(layer, qkv_);
+      continue;
     }
     // Ascending, so that rows which only move up are read before they are overwritten.
     for (std::int64_t j = 0; j < before; ++j) history.row(j) = input(tokens - before + j).matrix();
@@ -295,8 +309,8 @@ void Runner::run_operator(std::int64_t layer, const Step& step) {
   arguments.state = pool_.states(layer);
   arguments.read_slots = gatedelta::view(step.slots.data(), {sequences});
   if (!same_length) arguments.cu_seqlens = gatedelta::view(step.cu_seqlens.data(), {sequences + 1});
-  backend_ = rule_.backend_for(arguments).name();
-  rule_.forward(arguments);
+  if (step.drafts) step.drafts->add_to(arguments, layer);
+  backend_ = calls_.forward(rule_, arguments).name();
 }
 
 /// o = rms(o) * weight * silu(z), where the norm is over each head.

@@ -5,11 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "device/host_calls.hpp"
 #include "gatedelta/gatedelta.hpp"
 
 // A byte-level language model whose token mixer is the gated delta rule. `Model` holds the weights, `SequencePool` the memory
@@ -69,10 +71,11 @@ struct Model {
 };
 
 /// What the model remembers of each sequence: a slot of the operator's state and of the last inputs of the convolution, for
-/// every layer. Its size does not depend on how long a sequence is.
+/// every layer. Its size does not depend on how long a sequence is. The states are in the memory of the operator's backend and
+/// stay there, the convolution's inputs on the host.
 class SequencePool {
  public:
-  SequencePool(const ModelConfig& config, std::int64_t slots, gatedelta::DType dtype);
+  SequencePool(const ModelConfig& config, std::int64_t slots, gatedelta::DType dtype, gatedelta::device::Memory& memory);
 
   std::int64_t slots() const { return slots_; }
   /// Makes the slot that of a sequence of no tokens.
@@ -83,13 +86,16 @@ class SequencePool {
   Eigen::Map<Matrix> history(std::int64_t layer, std::int64_t slot);
 
  private:
-  std::int64_t slots_;
+  gatedelta::device::Memory& memory_;
+  std::int64_t layers_, slots_;
   gatedelta::Config mixer_;
   std::int64_t history_rows_, history_width_;
-  std::size_t state_bytes_;        // of one slot of one layer
-  std::vector<std::byte> states_;  // [layers,slots,H,V,K]
-  std::vector<float> history_;     // [layers,slots,taps-1,widths]
+  std::size_t state_bytes_;       // of one slot of one layer
+  std::shared_ptr<void> states_;  // [layers,slots,H,V,K]
+  std::vector<float> history_;    // [layers,slots,taps-1,widths]
 };
+
+class Drafts;  // see speculative.hpp
 
 /// New tokens of N sequences; each has at least one, and they need not have the same number.
 struct Step {
@@ -97,6 +103,7 @@ struct Step {
   std::span<const std::int32_t> cu_seqlens;  ///< [N+1]: sequence n is bytes cu_seqlens[n] to cu_seqlens[n+1]-1
   std::span<const std::int32_t> slots;       ///< [N]: where the memory of each sequence is; all different
   bool every_token = false;                  ///< logits after every token, not only after the last one of each sequence
+  Drafts* drafts = nullptr;                  ///< the tokens, of one sequence, may be taken back
 };
 
 struct RunnerOptions {
@@ -129,6 +136,8 @@ class Runner {
 
   const Model& model_;
   gatedelta::GatedDeltaRule rule_;
+  gatedelta::device::Memory& memory_;  // of the operator's backend
+  gatedelta::device::HostCalls calls_;
   SequencePool pool_;
   std::string_view backend_;
 

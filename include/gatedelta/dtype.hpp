@@ -12,8 +12,15 @@
 namespace gatedelta {
 
 /// Element types of the tensors. Index tensors (slots, lengths) are i32 or i64, all others f32, f16 or bf16.
-enum class DType : std::uint8_t { f32, f16, bf16, i32, i64 };
+enum class DType : std::uint8_t {
+  f32,   ///< IEEE binary32
+  f16,   ///< IEEE binary16
+  bf16,  ///< bfloat16
+  i32,   ///< 32-bit integer
+  i64,   ///< 64-bit integer
+};
 
+/// Bytes of an element.
 constexpr std::size_t size_of(DType dtype) noexcept {
   switch (dtype) {
     case DType::f32:
@@ -28,6 +35,7 @@ constexpr std::size_t size_of(DType dtype) noexcept {
   return 0;
 }
 
+/// True for f32, f16 and bf16.
 constexpr bool is_floating(DType dtype) noexcept { return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16; }
 
 /// "f32", "f16", "bf16", "i32" or "i64".
@@ -37,16 +45,18 @@ GATEDELTA_API std::optional<DType> dtype_from_name(std::string_view name) noexce
 
 /// Storage of one bfloat16: the upper half of a binary32.
 struct bfloat16 {
-  std::uint16_t bits = 0;
+  std::uint16_t bits = 0;  ///< sign, 8 bits of exponent, 7 of mantissa
 };
 
 /// Storage of one IEEE binary16.
 struct float16 {
-  std::uint16_t bits = 0;
+  std::uint16_t bits = 0;  ///< sign, 5 bits of exponent, 10 of mantissa
 };
 
+/// Exact.
 constexpr float to_float(bfloat16 value) noexcept { return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16); }
 
+/// Exact.
 constexpr float to_float(float16 value) noexcept {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t exponent = (value.bits >> 10) & 0x1fu;

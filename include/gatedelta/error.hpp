@@ -23,8 +23,10 @@ GATEDELTA_API const char* name_of(ErrorCode code) noexcept;
 /// A call that throws it has changed nothing, except for `ErrorCode::device`, after which outputs are unspecified.
 class GATEDELTA_API Error : public std::runtime_error {
  public:
+  /// An error with a message for what().
   Error(ErrorCode code, const std::string& message);
   ~Error() override;
+  /// What kind of error it is.
   ErrorCode code() const noexcept { return code_; }
 
  private:

@@ -8,3 +8,4 @@
 #include "gatedelta/operator.hpp"
 #include "gatedelta/tensor.hpp"
 #include "gatedelta/version.hpp"
+#include "gatedelta/window.hpp"

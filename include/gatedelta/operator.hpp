@@ -9,6 +9,7 @@
 #include "gatedelta/dtype.hpp"
 #include "gatedelta/export.hpp"
 #include "gatedelta/tensor.hpp"
+#include "gatedelta/window.hpp"
 
 /// The gated delta rule (Yang, Kautz, Hatamizadeh: "Gated Delta Networks", arXiv 2412.06464). For sequence n, token t, head h,
 /// with a state S of V x K per head:
@@ -43,16 +44,16 @@ enum class BetaForm : std::uint8_t {
 
 /// The dtype of each tensor, chosen independently: f32, f16 or bf16.
 struct DTypes {
-  DType q = DType::f32;
-  DType k = DType::f32;
-  DType v = DType::f32;
-  DType o = DType::f32;
-  DType gate = DType::f32;  ///< of a or g
-  DType beta = DType::f32;  ///< of b or beta
-  DType A_log = DType::f32;
-  DType dt_bias = DType::f32;
-  DType state = DType::f32;
-  DType snapshots = DType::f32;
+  DType q = DType::f32;          ///< of q
+  DType k = DType::f32;          ///< of k
+  DType v = DType::f32;          ///< of v
+  DType o = DType::f32;          ///< of o, which may differ from v
+  DType gate = DType::f32;       ///< of a or g
+  DType beta = DType::f32;       ///< of b or beta
+  DType A_log = DType::f32;      ///< of A_log
+  DType dt_bias = DType::f32;    ///< of dt_bias
+  DType state = DType::f32;      ///< of state, state_in and state_out
+  DType snapshots = DType::f32;  ///< of snapshots
 };
 
 /// What is fixed for the life of an operator.
@@ -60,17 +61,17 @@ struct GATEDELTA_API Config {
   /// HQ, HK, HV. H = max of the three is the number of state and output heads, and each count must divide H: head h
   /// reads query head h / (H/HQ), key head h / (H/HK), value head h / (H/HV). HV > HQ is GVA, HQ > HV is GQA.
   std::int64_t q_heads = 0;
-  std::int64_t k_heads = 0;
-  std::int64_t v_heads = 0;
-  std::int64_t key_dim = 0;    ///< K
-  std::int64_t value_dim = 0;  ///< V
-  DTypes dtypes{};
-  GateForm gate = GateForm::raw;
-  BetaForm beta = BetaForm::logits;
-  bool qk_l2norm = true;
-  double l2_eps = 1e-6;           ///< added to the sum of squares, inside the root
-  std::optional<double> scale{};  ///< of the output; 1/sqrt(K) if not set
-  double softplus_beta = 1.0;
+  std::int64_t k_heads = 0;          ///< HK
+  std::int64_t v_heads = 0;          ///< HV
+  std::int64_t key_dim = 0;          ///< K
+  std::int64_t value_dim = 0;        ///< V
+  DTypes dtypes{};                   ///< of each tensor
+  GateForm gate = GateForm::raw;     ///< where the decay comes from
+  BetaForm beta = BetaForm::logits;  ///< where beta comes from
+  bool qk_l2norm = true;             ///< q and k are normalised first
+  double l2_eps = 1e-6;              ///< added to the sum of squares, inside the root
+  std::optional<double> scale{};     ///< of the output; 1/sqrt(K) if not set
+  double softplus_beta = 1.0;        ///< softplus(x) = log(1 + exp(softplus_beta * x)) / softplus_beta
   double softplus_threshold = 20.0;  ///< softplus(x) = x where softplus_beta * x is above this
   /// A slot <= null_slot marks padding. Engines that reserve slot 0 set 0.
   std::int64_t null_slot = -1;
@@ -95,6 +96,11 @@ struct GATEDELTA_API Config {
 ///   - `state_out`, one state a row (may be the same memory as state_in).
 /// A row of no tokens hands on its state unchanged.
 ///
+/// With a `window` (see window.hpp), `state` holds the checkpoints and `read_slots` pick checkpoint and window of each row; the
+/// tokens are appended to the windows and the state is stored only where a row is folded. write_slots, token_slots, accepted,
+/// snapshots and update_state = false do not go with it. A row has at most W tokens. Between two `accept`s each layer is run
+/// once for a slot: a second call would fold a second time.
+///
 /// Padding: a row whose read slot is <= null_slot writes zeros to its rows of `o`, and nothing else of it is looked at.
 /// A write or token slot <= null_slot only skips that store. Tokens outside every sequence of cu_seqlens get zeros in `o`.
 ///
@@ -102,6 +108,9 @@ struct GATEDELTA_API Config {
 /// backends throw before they touch anything. On the host each row reads the pool as it was before the call; on a device the
 /// content of a slot that one row stores to while another row reads it is undefined for the latter, as is that of a slot that
 /// two rows store to.
+///
+/// With a window, a length outside 0..W, an order that is no permutation, a parent that is not an earlier token, and two rows
+/// of one slot are errors as well.
 struct Arguments {
   TensorView q;  ///< [B,T,HQ,K]
   TensorView k;  ///< [B,T,HK,K]
@@ -127,15 +136,19 @@ struct Arguments {
   TensorView snapshots;   ///< written: [N,>=T,H,V,K], the state after each token
   TensorView cu_seqlens;  ///< [N+1], i32 or i64: sequence n is tokens cu_seqlens[n] to cu_seqlens[n+1]-1 of the one batch row
 
+  const ReplayWindow* window = nullptr;  ///< of this layer; only looked at during the call
+  TensorView parent;                     ///< [B,T] i32, with a window: the token's predecessor in its row's draft tree, an
+                                         ///< earlier token of the row or -1 for the window's last entry; default: a chain
+
   bool update_state = true;  ///< false: the pool is only read (no final and no token stores); snapshots are still written
 
-  void* stream = nullptr;     ///< cudaStream_t for device backends; host backends ignore it
-  /// cuda: the kernel may begin before the one before it on the stream has ended (programmatic dependent launch). Then q, k, v, a
-  /// or g, and b or beta may be outputs of that kernel, but everything else (states, slots, parameters) must have been there
+  void* stream = nullptr;  ///< cudaStream_t for device backends; host backends ignore it
+  /// cuda: the kernel may begin before the one before it on the stream has ended (programmatic dependent launch). Then q, k, v,
+  /// a or g, and b or beta may be outputs of that kernel, but everything else (states, slots, parameters) must have been there
   /// before it began. Other backends ignore it.
   bool dependent_launch = false;
-  void* workspace = nullptr;  ///< at least workspace_size(...) bytes on the tensors' device, 256-byte aligned
-  std::size_t workspace_size = 0;
+  void* workspace = nullptr;       ///< at least workspace_size(...) bytes on the tensors' device, 256-byte aligned
+  std::size_t workspace_size = 0;  ///< bytes of workspace
 };
 
 /// After speculative verification with snapshots: state[write_slots[n]] = snapshots[n, accepted[n]-1].
@@ -145,7 +158,7 @@ struct CommitArguments {
   TensorView accepted;     ///< [N], i32, 1..S
   TensorView state;        ///< written: [slots,H,V,K]
   TensorView write_slots;  ///< [N], i32 or i64
-  void* stream = nullptr;
+  void* stream = nullptr;  ///< as in Arguments
 };
 
 /// The operator: configured once, called many times, also from several threads at once. It holds no state of the sequences.
@@ -159,12 +172,25 @@ class GATEDELTA_API GatedDeltaRule {
   /// With a backend the caller holds, registered or not; it must outlive the operator.
   GatedDeltaRule(const Config& config, Backend& backend);
 
+  /// What it was made with.
   const Config& config() const noexcept { return config_; }
 
   /// Checks everything that can be checked on the host, then runs. Throws Error; a call that fails has changed nothing.
   /// Host backends have finished when it returns; device backends have enqueued their work on `arguments.stream`.
   void forward(const Arguments& arguments) const;
+  /// Copies accepted snapshots into the pool; checks and runs as forward() does.
   void commit(const CommitArguments& arguments) const;
+
+  /// Keeps the accepted tokens of the last forward() in the replay windows: once for all layers, which share the record.
+  void accept(const AcceptArguments& arguments) const;
+  /// Empties replay windows: once for all layers.
+  void reset(const ResetArguments& arguments) const;
+  /// Folds replay windows of one layer into its checkpoints; `out` must not be given.
+  void fold(const FoldArguments& arguments) const;
+  /// Writes the states of one layer that checkpoints and windows stand for to `out`; changes nothing else.
+  void state_of(const FoldArguments& arguments) const;
+  /// Forks sequences: those of one layer, or the record.
+  void copy(const ForkArguments& arguments) const;
 
   /// Bytes of workspace that forward() of these arguments needs (0 for the host backends).
   std::size_t workspace_size(const Arguments& arguments) const;

@@ -13,33 +13,40 @@
 
 namespace gatedelta {
 
-enum class DeviceType : std::uint8_t { cpu, cuda };
+/// Kinds of memory: the host's, or an NVIDIA GPU's.
+enum class DeviceType : std::uint8_t {
+  cpu,   ///< host memory
+  cuda,  ///< memory of an NVIDIA GPU
+};
 
 /// Where a tensor's memory lives. `index` is the device ordinal and is 0 for host memory.
 struct Device {
-  DeviceType type = DeviceType::cpu;
-  int index = 0;
+  DeviceType type = DeviceType::cpu;  ///< kind of memory
+  int index = 0;                      ///< ordinal of the device
+  /// Equal kind and ordinal.
   friend bool operator==(const Device&, const Device&) = default;
 };
 
 /// "cpu" or "cuda:0".
 GATEDELTA_API std::string name_of(Device device);
 
+/// The largest number of dimensions of a view.
 inline constexpr int max_rank = 5;
 
 /// A non-owning strided view: the memory is the caller's and must outlive the call (for asynchronous backends, its
 /// completion on the stream). Strides are in elements and may be anything, zero and negative ones too where a tensor is only
 /// read. One type serves inputs and outputs; `Arguments` says which tensors a call writes, all others are only read.
 struct GATEDELTA_API TensorView {
-  void* data = nullptr;  ///< the element at index 0 of every dimension
-  DType dtype = DType::f32;
-  Device device{};
-  int rank = 0;  ///< 0: no tensor
-  std::array<std::int64_t, max_rank> shape{};
-  std::array<std::int64_t, max_rank> strides{};
+  void* data = nullptr;                          ///< the element at index 0 of every dimension
+  DType dtype = DType::f32;                      ///< of the elements
+  Device device{};                               ///< where the memory is
+  int rank = 0;                                  ///< 0: no tensor
+  std::array<std::int64_t, max_rank> shape{};    ///< sizes; the first `rank` count
+  std::array<std::int64_t, max_rank> strides{};  ///< in elements; the first `rank` count
 
   /// True where the caller gave a tensor (an empty one counts).
   bool defined() const noexcept { return rank > 0; }
+  /// The product of the sizes; 0 where there is no tensor.
   std::int64_t elements() const noexcept {
     if (rank == 0) return 0;
     std::int64_t count = 1;

@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "gatedelta/export.hpp"
-
-#define GATEDELTA_VERSION_MAJOR 0
-#define GATEDELTA_VERSION_MINOR 1
-#define GATEDELTA_VERSION_PATCH 0
+#include "gatedelta/macros.h"
 
 namespace gatedelta {
 

@@ -5,22 +5,13 @@
 #include <string>
 
 #include "core/elements.hpp"
+#include "core/host_window.hpp"
 #include "gatedelta/error.hpp"
 
 namespace gatedelta {
 namespace {
 
 [[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::invalid_argument, message); }
-
-/// -1 for padding; throws for a slot outside the pool.
-std::int64_t checked_slot(const char* name, std::int64_t slot, std::int64_t null_slot, std::int64_t slots, std::int64_t row) {
-  if (slot <= null_slot) return -1;
-  if (slot < 0 || slot >= slots)
-    fail(std::string(name) + ": row " + std::to_string(row) + " has slot " + std::to_string(slot) + ", expected 0.." +
-         std::to_string(slots - 1) + " (the pool has " + std::to_string(slots) +
-         " slots) or padding <= " + std::to_string(null_slot));
-  return slot;
-}
 
 std::int64_t checked_accepted(const TensorView& accepted, std::int64_t row, std::int64_t limit) {
   const std::int64_t count = index_at(accepted, row);
@@ -44,6 +35,15 @@ void check_single_writer(std::vector<Store>& stores, const char* name) {
 
 }  // namespace
 
+std::int64_t checked_slot(const char* name, std::int64_t slot, std::int64_t null_slot, std::int64_t slots, std::int64_t row) {
+  if (slot <= null_slot) return -1;
+  if (slot < 0 || slot >= slots)
+    fail(std::string(name) + ": row " + std::to_string(row) + " has slot " + std::to_string(slot) + ", expected 0.." +
+         std::to_string(slots - 1) + " (the pool has " + std::to_string(slots) +
+         " slots) or padding <= " + std::to_string(null_slot));
+  return slot;
+}
+
 std::int64_t index_at(const TensorView& tensor, std::int64_t i, std::int64_t j) {
   const std::int64_t offset = i * tensor.strides[0] + (tensor.rank > 1 ? j * tensor.strides[1] : 0);
   if (tensor.dtype == DType::i32) return static_cast<const std::int32_t*>(tensor.data)[offset];
@@ -54,6 +54,7 @@ HostRows::HostRows(const Call& call) : call_(call), rows_(static_cast<std::size_
   find_sequences();
   find_sources();
   find_stores();
+  if (call.problem.window) find_windows();
 }
 
 void HostRows::find_sequences() {
@@ -153,6 +154,31 @@ void HostRows::find_stores() {
     row.source = &staged_;
     row.source_slot = i;
   }
+}
+
+void HostRows::find_windows() {
+  const Problem& problem = call_.problem;
+  const WindowRecord& record = call_.arguments->window->record;
+  const TensorView& parent = call_.arguments->parent;
+  const std::int64_t most = std::min(record.capacity, record.order.shape[1] - record.capacity);
+  std::vector<Store> writers;
+  for (std::int64_t n = 0; n < problem.rows; ++n) {
+    HostRow& row = rows_[n];
+    if (row.padding) continue;
+    writers.push_back({row.source_slot, n});
+    if (row.tokens > most)
+      fail("cu_seqlens: sequence " + std::to_string(n) + " has " + std::to_string(row.tokens) + " tokens, expected at most " +
+           std::to_string(most) + " with this window");
+    row.length = checked_length(record, row.source_slot, n);
+    row.fold = row.length + row.tokens > record.capacity;
+    for (std::int64_t t = 0; parent.defined() && t < row.tokens; ++t) {
+      const std::int64_t p = index_at(parent, row.batch, row.first_token + t);
+      if (p < -1 || p >= t)
+        fail("parent: row " + std::to_string(n) + " token " + std::to_string(t) + " has " + std::to_string(p) +
+             ", expected -1.." + std::to_string(t - 1));
+    }
+  }
+  check_single_writer(writers, "read_slots");
 }
 
 std::int64_t HostRows::token_slot(std::int64_t row, std::int64_t token) const {

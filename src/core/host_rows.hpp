@@ -20,6 +20,8 @@ struct HostRow {
   const TensorView* source = nullptr;  ///< [slots,H,V,K]; null: the zero state
   std::int64_t source_slot = 0;
   std::int64_t final_slot = -1;  ///< of state_write; -1: not stored
+  std::int64_t length = 0;       ///< P, with a window
+  bool fold = false;             ///< with a window: its entries go into the checkpoint
 };
 
 /// The rows of a call, with every slot checked: what all backends on host memory start from. The constructor throws before
@@ -39,6 +41,7 @@ class HostRows {
   void find_sequences();
   void find_sources();
   void find_stores();
+  void find_windows();
 
   const Call& call_;
   std::vector<HostRow> rows_;
@@ -49,6 +52,9 @@ class HostRows {
   TensorView staged_;
   std::vector<std::byte> staged_memory_;
 };
+
+/// -1 for padding; throws for a slot outside the pool.
+std::int64_t checked_slot(const char* name, std::int64_t slot, std::int64_t null_slot, std::int64_t slots, std::int64_t row);
 
 /// Element `i` (or `i, j`) of an index tensor, i32 or i64.
 std::int64_t index_at(const TensorView& tensor, std::int64_t i, std::int64_t j = 0);

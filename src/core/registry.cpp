@@ -117,10 +117,18 @@ Problem commit_problem(const Config& config, const CommitArguments& arguments) {
   return problem;
 }
 
+Error no_windows(const Backend& backend) {
+  return {ErrorCode::unsupported, std::string(backend.name()) + ": replay windows are not implemented"};
+}
+
 }  // namespace
 
 Backend::~Backend() = default;
 std::size_t Backend::workspace_size(const Problem&) const { return 0; }
+void Backend::accept(const Config&, const AcceptArguments&) { throw no_windows(*this); }
+void Backend::reset(const Config&, const ResetArguments&) { throw no_windows(*this); }
+void Backend::fold(const Config&, const FoldArguments&) { throw no_windows(*this); }
+void Backend::copy(const Config&, const ForkArguments&) { throw no_windows(*this); }
 void Backend::check(void*) {}
 void Backend::synchronize(void* stream) { check(stream); }
 
@@ -180,6 +188,33 @@ void GatedDeltaRule::commit(const CommitArguments& arguments) const {
   validate(config_, arguments);
   Backend& backend = select(backend_, commit_problem(config_, arguments));
   translate_exhaustion([&] { backend.commit(config_, arguments); });
+}
+
+void GatedDeltaRule::accept(const AcceptArguments& arguments) const {
+  Backend& backend = select(backend_, validate(config_, arguments));
+  translate_exhaustion([&] { backend.accept(config_, arguments); });
+}
+
+void GatedDeltaRule::reset(const ResetArguments& arguments) const {
+  Backend& backend = select(backend_, validate(config_, arguments));
+  translate_exhaustion([&] { backend.reset(config_, arguments); });
+}
+
+void GatedDeltaRule::fold(const FoldArguments& arguments) const {
+  if (arguments.out.defined()) throw Error(ErrorCode::invalid_argument, "out: given, but fold() writes to the checkpoints");
+  Backend& backend = select(backend_, validate(config_, arguments));
+  translate_exhaustion([&] { backend.fold(config_, arguments); });
+}
+
+void GatedDeltaRule::state_of(const FoldArguments& arguments) const {
+  if (!arguments.out.defined()) throw Error(ErrorCode::invalid_argument, "out: required, but not given");
+  Backend& backend = select(backend_, validate(config_, arguments));
+  translate_exhaustion([&] { backend.fold(config_, arguments); });
+}
+
+void GatedDeltaRule::copy(const ForkArguments& arguments) const {
+  Backend& backend = select(backend_, validate(config_, arguments));
+  translate_exhaustion([&] { backend.copy(config_, arguments); });
 }
 
 std::size_t GatedDeltaRule::workspace_size(const Arguments& arguments) const {

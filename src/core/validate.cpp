@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The checks that every backend relies on, written once. Nothing here allocates unless a check fails.
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <string>
@@ -112,6 +113,81 @@ void check_gates(const Config& config, const Arguments& in, std::int64_t batch, 
     if (value) check_tensor("beta", in.beta, per_token, dtypes.beta, device);
     if (!value) check_absent("beta", in.beta, "the beta form is one");
   }
+}
+
+/// Inner dimensions of a window's tensors are dense: only the slots may lie apart.
+void check_dense_slots(const char* name, const TensorView& tensor) {
+  check_written(name, tensor);
+  std::int64_t stride = 1;
+  for (int i = tensor.rank - 1; i > 0; --i) {
+    if (tensor.shape[i] > 1 && tensor.strides[i] != stride)
+      fail(std::string(name) + ": expected stride " + std::to_string(stride) + " in dimension " + std::to_string(i) + ", got " +
+           std::to_string(tensor.strides[i]));
+    stride *= tensor.shape[i];
+  }
+}
+
+void check_record(const WindowRecord& record, Device device) {
+  if (record.capacity < min_window || record.capacity > max_window)
+    fail("window.capacity: expected " + std::to_string(min_window) + ".." + std::to_string(max_window) + ", got " +
+         std::to_string(record.capacity));
+  check_tensor("window.length", record.length, {any("slots")}, DType::i32, device);
+  check_tensor("window.order", record.order, {exactly(record.length.shape[0]), at_least(record.capacity + 1)}, DType::i32,
+               device);
+  if (record.order.shape[1] > 2 * max_window)
+    fail("window.order: expected [slots, <=" + std::to_string(2 * max_window) + "], got " + shape_text(record.order));
+  check_written("window.length", record.length);
+  check_dense_slots("window.order", record.order);
+}
+
+void check_window(const Config& config, const ReplayWindow& window, std::int64_t slots, Device device) {
+  check_record(window.record, device);
+  const Dim size = exactly(slots), heads = exactly(config.heads()), ring = exactly(window.record.order.shape[1]);
+  if (window.record.length.shape[0] != slots) check_shape("window.length", window.record.length, {size});
+  const DType dtype = window.keys.dtype;
+  if (window.keys.defined() && dtype != DType::f32 && dtype != DType::bf16)
+    fail("window.keys: expected dtype f32 or bf16, got " + std::string(name_of(dtype)));
+  check_tensor("window.keys", window.keys, {size, exactly(config.k_heads), ring, exactly(config.key_dim)}, dtype, device);
+  check_tensor("window.corrections", window.corrections, {size, heads, ring, exactly(config.value_dim)}, dtype, device);
+  check_tensor("window.decays", window.decays, {size, heads, ring}, DType::f32, device);
+  check_dense_slots("window.keys", window.keys);
+  check_dense_slots("window.corrections", window.corrections);
+  check_dense_slots("window.decays", window.decays);
+}
+
+Problem window_problem(const Config& config, const WindowRecord& record, std::int64_t rows, DType entries) {
+  Problem problem;
+  problem.config = config;
+  problem.device = record.length.device;
+  problem.rows = problem.batch = rows;
+  problem.slots = record.length.shape[0];
+  problem.window = true;
+  problem.window_capacity = record.capacity;
+  problem.window_entries = entries;
+  return problem;
+}
+
+/// A call with a window: what the rest of check_states has seen is a pool with read slots at most.
+void check_window_call(const Config& config, const Arguments& in, Call& call) {
+  Problem& problem = call.problem;
+  const char* why = "the call has a replay window";
+  check_absent("write_slots", in.write_slots, why);
+  check_absent("token_slots", in.token_slots, why);
+  check_absent("snapshots", in.snapshots, why);
+  if (!in.state.defined()) fail("state: required with a replay window, but not given");
+  if (!in.update_state) fail("update_state: false, but the call has a replay window");
+  check_window(config, *in.window, problem.slots, problem.device);
+  const std::int64_t W = in.window->record.capacity, R = in.window->record.order.shape[1];
+  if (!problem.variable_length && (problem.tokens > W || problem.tokens > R - W))
+    fail("q: expected at most " + std::to_string(std::min(W, R - W)) + " tokens (capacity " + std::to_string(W) + ", ring " +
+         std::to_string(R) + "), got " + shape_text(in.q));
+  if (in.parent.defined())
+    check_tensor("parent", in.parent, {exactly(problem.batch), exactly(problem.tokens)}, DType::i32, problem.device);
+  problem.window = true;
+  problem.window_capacity = W;
+  problem.window_entries = in.window->keys.dtype;
+  problem.tree = in.parent.defined();
+  problem.store_final = false;
 }
 
 void check_states(const Config& config, const Arguments& in, Call& call) {
@@ -244,6 +320,8 @@ Call validate(const Config& config, const Arguments& in) {
     problem.variable_length = true;
   }
   check_states(config, in, call);
+  if (in.window != nullptr) check_window_call(config, in, call);
+  if (in.window == nullptr) check_absent("parent", in.parent, "there is no replay window");
   if (in.snapshots.defined()) {
     const std::int64_t row_tokens = problem.variable_length ? 0 : tokens;
     check_tensor("snapshots", in.snapshots,
@@ -267,6 +345,69 @@ void validate(const Config& config, const CommitArguments& in) {
   if (!in.write_slots.defined()) fail("write_slots: required, but not given");
   check_index("accepted", in.accepted, {rows}, device, false);
   check_index("write_slots", in.write_slots, {rows}, device);
+}
+
+Problem validate(const Config& config, const AcceptArguments& in) {
+  const Device device = in.record.length.device;
+  check_record(in.record, device);
+  if (!in.accepted.defined()) fail("accepted: required, but not given");
+  check_index("accepted", in.accepted, {any("N")}, device, false);
+  const std::int64_t N = in.accepted.shape[0], W = in.record.capacity, most = std::min(W, in.record.order.shape[1] - W);
+  if (in.slots.defined())
+    check_index("slots", in.slots, {exactly(N)}, device);
+  else if (in.record.length.shape[0] < N)
+    fail("window.length: expected a slot for each of " + std::to_string(N) + " rows as slots are not given, got " +
+         shape_text(in.record.length));
+  if (in.cu_seqlens.defined()) {
+    check_index("cu_seqlens", in.cu_seqlens, {exactly(N + 1)}, device);
+  } else if (in.tokens < 0 || in.tokens > most) {
+    fail("tokens: expected 0.." + std::to_string(most) + ", got " + std::to_string(in.tokens));
+  }
+  if (in.path.defined()) check_index("path", in.path, {exactly(N), any("tokens")}, device, false);
+  return window_problem(config, in.record, N, DType::f32);
+}
+
+Problem validate(const Config& config, const ResetArguments& in) {
+  const Device device = in.record.length.device;
+  check_record(in.record, device);
+  if (in.slots.defined()) check_index("slots", in.slots, {any("N")}, device);
+  return window_problem(config, in.record, in.slots.defined() ? in.slots.shape[0] : in.record.length.shape[0], DType::f32);
+}
+
+Problem validate(const Config& config, const FoldArguments& in) {
+  const Device device = in.state.device;
+  const Dim heads = exactly(config.heads()), value = exactly(config.value_dim), key = exactly(config.key_dim);
+  check_tensor("state", in.state, {any("slots"), heads, value, key}, config.dtypes.state, device);
+  check_window(config, in.window, in.state.shape[0], device);
+  if (!in.slots.defined()) fail("slots: required, but not given");
+  check_index("slots", in.slots, {any("N")}, device);
+  if (in.out.defined()) {
+    if (!is_floating(in.out.dtype)) fail("out: expected dtype f32, f16 or bf16, got " + std::string(name_of(in.out.dtype)));
+    check_tensor("out", in.out, {exactly(in.slots.shape[0]), heads, value, key}, in.out.dtype, device);
+    check_written("out", in.out);
+  } else {
+    check_written("state", in.state);
+  }
+  return window_problem(config, in.window.record, in.slots.shape[0], in.window.keys.dtype);
+}
+
+Problem validate(const Config& config, const ForkArguments& in) {
+  const WindowRecord& record = in.window.record;
+  const Device device = record.length.device;
+  if (in.state.defined()) {
+    check_tensor("state", in.state, {any("slots"), exactly(config.heads()), exactly(config.value_dim), exactly(config.key_dim)},
+                 config.dtypes.state, device);
+    check_written("state", in.state);
+    check_window(config, in.window, in.state.shape[0], device);
+  } else {
+    check_absent("window.keys", in.window.keys, "there is no state: only the record is copied");
+    check_record(record, device);
+  }
+  if (!in.from.defined()) fail("from: required, but not given");
+  if (!in.to.defined()) fail("to: required, but not given");
+  check_index("from", in.from, {any("N")}, device);
+  check_index("to", in.to, {exactly(in.from.shape[0])}, device);
+  return window_problem(config, record, in.from.shape[0], in.window.keys.dtype);
 }
 
 }  // namespace gatedelta

@@ -14,6 +14,7 @@
 #include "tool/commands.hpp"
 #include "verify/check.hpp"
 #include "verify/generate.hpp"
+#include "verify/window.hpp"
 
 namespace gatedelta::tool {
 namespace {
@@ -53,7 +54,8 @@ class Check {
     const std::int64_t first = options_.only.value_or(0), count = options_.only ? 1 : options_.cases;
     for (std::int64_t i = 0; i < count; ++i) {
       if (progress_) fmt::print(stderr, "\r\033[Kcase {} of {}", i + 1, count);
-      one(first + i);
+      // Every eighth case is a use of replay windows.
+      (first + i) % 8 == 7 ? one_window(first + i) : one(first + i);
     }
     clear_progress();
     if (passed_ + failed_ == 0) fmt::print("nothing was compared\n");
@@ -103,11 +105,41 @@ class Check {
       for (const verify::Failure& failure : checker.failures())
         fmt::print("  * {}: {}\n", selected.backend->name(), verify::text(failure));
     }
+    count(passed, index);
+  }
+
+  void count(bool passed, std::int64_t index) {
     ++(passed ? passed_ : failed_);
     if (!passed)
       fmt::print("  replay: gatedelta check --backend {} --against {} --seed {} --case {}{}\n", options_.backend,
                  options_.against, options_.seed, index,
                  options_.threads > 0 ? fmt::format(" --threads {}", options_.threads) : "");
+  }
+
+  void one_window(std::int64_t index) {
+    verify::WindowScenario scenario = verify::make_window_scenario(options_.seed, index);
+    scenario.config.num_threads = options_.threads;
+    verify::Case choice = scenario.steps.front().c;  // a call without pool and window, to choose the backend by
+    choice[verify::Tensor::read_slots] = {};
+    bool passed = true;
+    for (const std::string& name : {options_.backend, options_.against}) {
+      const Selected selected = select(name, choice);
+      verify::WindowChecker checker(*selected.backend, *selected.memory);
+      if (const std::string reason = checker.unsupported_reason(scenario); !reason.empty()) {
+        clear_progress();
+        fmt::print("skipped case {}: {}: {}\n", index, selected.backend->name(), reason);
+        ++skipped_;
+        return;
+      }
+      checker.run(scenario);
+      if (checker.failures().empty()) continue;
+      clear_progress();
+      if (passed) fmt::print("FAILED case {}\n{}", index, verify::describe(scenario));
+      passed = false;
+      for (const verify::Failure& failure : checker.failures())
+        fmt::print("  * {}: {}\n", selected.backend->name(), verify::text(failure));
+    }
+    count(passed, index);
   }
 
   const CheckOptions& options_;

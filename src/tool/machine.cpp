@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tool/machine.hpp"
 
+#include <dlfcn.h>
+
 #include <fstream>
 #include <thread>
 
@@ -17,6 +19,22 @@ std::string cpu_model() {
     if (line.starts_with("model name"))
       if (const std::size_t colon = line.find(": "); colon != std::string::npos) return line.substr(colon + 2);
   return "unknown";
+}
+
+std::string nvidia_driver() {
+  // NVML comes with the driver, its interface is a stable C one; CUDA itself only knows which CUDA version the driver supports.
+  void* library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return {};
+  const auto start = reinterpret_cast<int (*)()>(dlsym(library, "nvmlInit_v2"));
+  const auto stop = reinterpret_cast<int (*)()>(dlsym(library, "nvmlShutdown"));
+  const auto version = reinterpret_cast<int (*)(char*, unsigned)>(dlsym(library, "nvmlSystemGetDriverVersion"));
+  char text[96] = {};
+  if (start != nullptr && stop != nullptr && version != nullptr && start() == 0) {
+    if (version(text, sizeof text - 1) != 0) text[0] = 0;
+    stop();
+  }
+  dlclose(library);
+  return text;
 }
 
 unsigned logical_cores() { return std::thread::hardware_concurrency(); }

@@ -11,5 +11,7 @@ std::string cpu_model();
 unsigned logical_cores();
 /// The instruction sets that matter here and that processor and operating system both support.
 std::vector<std::string> cpu_features();
+/// The release of the NVIDIA driver, "580.95.05"; empty where there is none.
+std::string nvidia_driver();
 
 }  // namespace gatedelta::tool

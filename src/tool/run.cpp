@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/elements.hpp"
+#include "device/host_calls.hpp"
 #include "gatedelta/gatedelta.hpp"
 #include "io/safetensors.hpp"
 #include "tool/commands.hpp"
@@ -188,10 +189,6 @@ class Outputs {
   std::vector<std::pair<std::string, TensorView>> written_;
 };
 
-/// Runs the call, whose tensors are all host memory. A backend that cannot reach it needs a copy of each defined tensor before,
-/// and of the written ones after: both belong here.
-void run_on_host_tensors(const GatedDeltaRule& rule, const Arguments& call) { rule.forward(call); }
-
 void run(const RunOptions& options) {
   const io::SafetensorsFile file = io::SafetensorsFile::read(options.input);
   const TensorView& q = heads_tensor(file, "q");
@@ -217,7 +214,7 @@ void run(const RunOptions& options) {
 
   const GatedDeltaRule rule(config, options.backend);
   const Outputs outputs(file, options, config, call);
-  run_on_host_tensors(rule, call);
+  device::HostCalls(device::memory_for_name(options.backend)).forward(rule, call);
   outputs.write(options.output);
 }
 
@@ -240,7 +237,10 @@ void add_run_command(CLI::App& app) {
   RunOptions& o = *options;
   command->add_option("--input", o.input, "Safetensors file with the call's tensors")->required();
   command->add_option("--output", o.output, "Safetensors file to write")->required();
-  command->add_option("--backend", o.backend, "A backend of `gatedelta info`, or auto (default: $GATEDELTA_BACKEND or auto)");
+  command->add_option("--backend", o.backend,
+                      "A backend of `gatedelta info` (tensors are copied to its device and back), or auto: a host backend "
+                      "(default: $GATEDELTA_BACKEND "
+                      "or auto)");
   command->add_option("--gate", o.gate, "Form of the gate (default: by the tensors)")
       ->check(CLI::IsMember({"raw", "log", "none"}));
   command->add_option("--beta", o.beta, "Form of beta (default: by the tensors)")

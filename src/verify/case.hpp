@@ -6,12 +6,13 @@
 #include <string>
 #include <vector>
 
+#include "device/fields.hpp"
 #include "gatedelta/gatedelta.hpp"
 
 // A test case: one call of the operator as plain data on the host, before it is placed in anybody's memory.
 namespace gatedelta::verify {
 
-/// The tensors of Arguments.
+/// The tensors of Arguments, in the order of `fields`.
 enum class Tensor : int {
   q,
   k,
@@ -35,11 +36,8 @@ enum class Tensor : int {
 };
 inline constexpr int tensor_count = 19;
 
-struct Field {
-  const char* name;
-  TensorView Arguments::*view;
-};
-extern const std::array<Field, tensor_count> fields;
+using device::fields;
+static_assert(fields.size() == tensor_count);
 inline const char* name_of(Tensor tensor) { return fields[static_cast<std::size_t>(tensor)].name; }
 
 /// Layout and content of one tensor.

@@ -5,25 +5,12 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <utility>
 
 #include "core/elements.hpp"
 
 namespace gatedelta::verify {
 namespace {
-
-class HostMemory final : public Memory {
- public:
-  Device device() const override { return {}; }
-  void* allocate(std::size_t bytes) override { return ::operator new(bytes, std::align_val_t(alignment)); }
-  void release(void* memory) override { ::operator delete(memory, std::align_val_t(alignment)); }
-  void copy_in(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
-  void copy_out(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
-
- private:
-  static constexpr std::size_t alignment = 4096;
-};
 
 struct Extent {
   std::int64_t lowest = 0, highest = -1;  // element offsets from index 0; highest < lowest: no elements
@@ -50,15 +37,6 @@ void store_value(std::byte* address, DType dtype, double value) {
 }
 
 }  // namespace
-
-Memory* memory_for(const Backend& backend) {
-  static HostMemory host;
-  if (backend.reaches(host.device())) return &host;
-#ifdef GATEDELTA_CUDA
-  if (backend.reaches(cuda_memory().device())) return &cuda_memory();
-#endif
-  return nullptr;
-}
 
 GuardedBytes::GuardedBytes(Memory& memory, std::size_t bytes, std::size_t offset)
     : memory_(memory),

@@ -7,28 +7,14 @@
 #include <utility>
 #include <vector>
 
+#include "device/memory.hpp"
 #include "verify/case.hpp"
 #include "verify/golden.hpp"
 
 namespace gatedelta::verify {
 
-/// Where the tensors of a test live. Cases know nothing of it, so a device needs only this class.
-class Memory {
- public:
-  virtual ~Memory() = default;
-  virtual Device device() const = 0;
-  /// At least 256-byte aligned.
-  virtual void* allocate(std::size_t bytes) = 0;
-  virtual void release(void* memory) = 0;
-  virtual void copy_in(void* to, const void* from, std::size_t bytes) = 0;
-  virtual void copy_out(void* to, const void* from, std::size_t bytes) = 0;
-};
-
-#ifdef GATEDELTA_CUDA
-Memory& cuda_memory();
-#endif
-/// The memory that `backend` can work on, or nullptr if this build has none.
-Memory* memory_for(const Backend& backend);
+using device::Memory;
+using device::memory_for;
 
 /// An allocation between red zones whose every byte is known.
 class GuardedBytes {

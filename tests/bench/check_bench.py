@@ -13,7 +13,7 @@ KEYS = {
     "backend": str, "device": str, "op": str, "batch": int, "tokens": int, "q_heads": int, "v_heads": int, "key_dim": int,
     "value_dim": int, "dtype": str, "state_dtype": str, "median_us": float, "limit_us": float, "ratio": float, "threads": int,
     "layout": str, "cache": str, "instances": int, "repetitions": int, "gbps": float, "gflops": float, "min_us": float,
-    "p10_us": float, "p90_us": float, "max_us": float, "description": str, "hardware": str, "noisy": bool, "version": str, "date": str,
+    "p10_us": float, "p90_us": float, "max_us": float, "mode": str, "calls_per_repetition": int, "first_call_ms": float, "description": str, "hardware": str, "noisy": bool, "version": str, "date": str,
 }
 checks = 0
 
@@ -73,6 +73,10 @@ def check_rows(folder):
     rows = rows_of(folder, "--op", "decode", "--batch", "1", "--threads", "1", "--backend", "reference,reference")
     check(len(rows) == 3 and len({row["limit_us"] for row in rows}) == 1, "several backends, one limit")
     check(len(rows_of(folder, "--threads", "1")) == 8, "the default set")
+    rows = rows_of(folder, "--op", "verify", "--tokens", "3", "--accepted", "2", "--window", "4", "--entries", "f32", "--threads", "1")
+    check([(r["mode"], r.get("window"), r.get("accepted"), r.get("entries")) for r in rows] ==
+          [("replay", 4, 2, "f32"), ("update", None, None, None)], "with the window and without it")
+    check(len({row["limit_us"] for row in rows}) == 1 and rows[0]["calls_per_repetition"] % 4 == 0, "whole cycles of a window")
 
 
 def check_usage(folder):
@@ -82,6 +86,8 @@ def check_usage(folder):
         ["--op", "decoding"], decode + ["--backend", "nonesuch"], decode + ["--batch", "0"], decode + ["--batch", "-1"],
         decode + ["--batch", "1,x"], decode + ["--tokens", "2"], ["--op", "prefill", "--tokens", "0"], ["--batch", "2"],
         decode + ["--heads", "16/24"], decode + ["--heads", "16/"], decode + ["--heads", "0/4"], decode + ["--dim", "0"],
+        decode + ["--mode", "snapshots", "--window", "4"], decode + ["--window", "4", "--accepted", "2"],
+        decode + ["--mode", "rollback"], decode + ["--mode", "snapshots"], decode + ["--device", "tpu"], ["--mode", "update"],
         decode + ["--dtype", "f64"], decode + ["--state", "i32"], decode + ["--layout", "vkv"], decode + ["--threads", "0"],
         decode + ["--min-time", "-1"], decode + ["--nonesuch"], decode + ["--batch", "131072", "--heads", "512", "--dim", "4096"],
     ):
@@ -96,7 +102,45 @@ def check_usage(folder):
         check(done.stdout == "", "an unwritable path is found before the run")
 
 
+def check_cuda(folder):
+    """On a machine with a GPU small rows of every mode; elsewhere what the tool says."""
+    path = os.path.join(folder, "rows.json")
+    info = json.loads(subprocess.run([GATEDELTA, "info", "--json"], capture_output=True, text=True, timeout=60).stdout)
+    state = next((b for b in info["backends"] if b["name"] == "cuda"), None)
+    if state is None or not state["available"]:
+        reason = state["reason"] if state else "without CUDA"
+        print(f"skipped: measurements on a GPU: {reason}")
+        for arguments in (["--device", "cuda"], ["--device", "cuda", "--backend", "cuda", "--op", "decode"]):
+            done = bench(*arguments, "--json", path)
+            check(done.returncode == 2 and done.stdout == "" and os.listdir(folder) == [], f"{arguments}: {done}")
+            check(len(done.stderr.splitlines()) == 1 and reason in done.stderr, f"{arguments}: {done.stderr!r}")
+        if state:
+            done = bench("--backend", "cuda", "--op", "decode")
+            check(done.returncode == 2 and reason in done.stderr, f"{done}")
+        return
+    for mode, stores in (("update", 1), ("snapshots", 3), ("read-only", 0), ("token-slots", 3)):
+        for layout in ("vk", "kv"):
+            done = bench("--backend", "cuda", "--op", "verify", "--mode", mode, "--tokens", "3", "--batch", "2,5", "--heads", "8/16",
+                         "--state", "bf16", "--layout", layout, "--repetitions", "3", "--host-calls", "20",
+                         "--json", path)
+            check((done.returncode, done.stderr) == (0, ""), f"{mode}: {done}")
+            with open(path, encoding="utf-8") as file:
+                rows = json.load(file)
+            os.remove(path)
+            check([r["batch"] for r in rows] == [2, 5], f"{mode}: {rows}")
+            for row in rows:
+                check((row["backend"], row["device"], row["mode"], row["layout"]) == ("cuda", "cuda:0", mode, layout), f"{row}")
+                for key in ("median_us", "limit_us", "ratio", "host_us", "first_call_ms", "gbps"):
+                    check(math.isfinite(row[key]) and row[key] > 0, f"{mode}: {key} is {row[key]}")
+                size = row["batch"] * 16 * 128 * 128 * 2
+                check(math.isclose(row["gbps"] * row["median_us"] * 1e3, (1 + stores) * size, rel_tol=1e-9), f"{mode}: bytes")
+                check(row["cache"] == "cold" and row["calls_per_repetition"] >= row["instances"] > 1, f"{mode}: {row}")
+                for key in ("driver", "cuda_driver", "cuda_runtime", "multiprocessors", "compute_capability"):
+                    check(row[key] != "", f"{mode}: {key}")
+
+
 with tempfile.TemporaryDirectory() as scratch:
     check_rows(scratch)
     check_usage(scratch)
+    check_cuda(scratch)
 print(f"{checks} checks passed")

@@ -16,6 +16,7 @@
 #include "verify/check.hpp"
 #include "verify/errors.hpp"
 #include "verify/generate.hpp"
+#include "verify/window.hpp"
 
 using namespace gatedelta;
 using namespace gatedelta::verify;
@@ -101,8 +102,11 @@ class Run {
     }
     for (std::int64_t i = 0; i < options_.repeat; ++i)
       for (const Family& family : families())
-        for (const std::int64_t index : indices(family))
+        for (const std::int64_t index : indices(family.name))
           one(family, options_.seed + static_cast<std::uint64_t>(i), index, chosen);
+    for (std::int64_t i = 0; i < options_.repeat; ++i)
+      for (const std::int64_t index : indices("window"))
+        one_window(options_.seed + static_cast<std::uint64_t>(i), index, chosen);
     if (progress_) std::fprintf(stderr, "\r\033[K");
     if (!options_.json.empty()) {
       std::ofstream file(options_.json);
@@ -124,8 +128,8 @@ class Run {
 
  private:
   /// "family/number" names a case of its own, also one beyond --cases; "family" all of one; anything else is a glob.
-  std::vector<std::int64_t> indices(const Family& family) const {
-    const std::string name = family.name, prefix = name + "/";
+  std::vector<std::int64_t> indices(const std::string& name) const {
+    const std::string prefix = name + "/";
     std::vector<std::int64_t> out;
     if (options_.test.rfind(prefix, 0) == 0 && options_.test.size() > prefix.size() &&
         options_.test.find_first_not_of("0123456789", prefix.size()) == std::string::npos) {
@@ -148,47 +152,63 @@ class Run {
       Memory& memory = *memory_for(*backend);
       const Case c = make_case(family, seed, index, memory.device().type != DeviceType::cpu);
       if (progress_) std::fprintf(stderr, "\r\033[K%s", c.name.c_str());
-      const std::string name(backend->name());
-      nlohmann::json result = {{"backend", name}, {"case", c.name}, {"seed", seed}};
       Checker checker(*backend, memory);
-      if (const std::string reason = checker.unsupported_reason(c); !reason.empty()) {
-        std::printf("skipped %s on %s: %s\n", c.name.c_str(), name.c_str(), reason.c_str());
-        ++counts_.skipped;
-        result["skipped"] = reason;
-        results_.push_back(result);
-        continue;
+      on_backend(c, seed, *backend, checker, [&] { check(family, c, memory, checker); });
+      if (options_.bench && checker.calls() > 0 && checker.failures().empty()) {
+        const double median = time_case(c, *backend, memory);
+        results_.back()["median_us"] = median;
+        std::printf("%-16s %-10s %12.2f us\n", c.name.c_str(), std::string(backend->name()).c_str(), median);
       }
-      check(family, c, memory, checker);
-      counts_.calls += checker.calls();
-      if (checker.failures().empty()) {
-        ++counts_.passed;
-        if (options_.bench) {
-          const double median = time_case(c, *backend, memory);
-          result["median_us"] = median;
-          std::printf("%-16s %-10s %12.2f us\n", c.name.c_str(), name.c_str(), median);
-        }
-      } else {
-        ++counts_.failed;
-        report(c, name, checker.failures());
-        for (const Failure& failure : checker.failures())
-          result["failures"].push_back({{"check", failure.check},
-                                        {"tensor", failure.tensor},
-                                        {"detail", failure.detail},
-                                        {"error", failure.error},
-                                        {"limit", failure.limit}});
-      }
-      results_.push_back(result);
     }
   }
 
-  void report(const Case& c, const std::string& backend, const std::vector<Failure>& failures) const {
+  void one_window(std::uint64_t seed, std::int64_t index, const std::vector<Backend*>& chosen) {
+    const WindowScenario scenario = make_window_scenario(seed, index);
+    if (options_.list) {
+      std::printf("%s\n%s", scenario.name.c_str(), describe(scenario).c_str());
+      return;
+    }
+    if (progress_) std::fprintf(stderr, "\r\033[K%s", scenario.name.c_str());
+    for (Backend* backend : chosen) {
+      WindowChecker checker(*backend, *memory_for(*backend));
+      on_backend(scenario, seed, *backend, checker, [&] { checker.run(scenario); });
+    }
+  }
+
+  /// `run` makes the checker's calls; its failures are counted and reported.
+  template <class Subject, class Judge, class Function>
+  void on_backend(const Subject& c, std::uint64_t seed, const Backend& backend, const Judge& checker, Function run) {
+    const std::string name(backend.name());
+    nlohmann::json result = {{"backend", name}, {"case", c.name}, {"seed", seed}};
+    if (const std::string reason = checker.unsupported_reason(c); !reason.empty()) {
+      std::printf("skipped %s on %s: %s\n", c.name.c_str(), name.c_str(), reason.c_str());
+      ++counts_.skipped;
+      result["skipped"] = reason;
+      results_.push_back(result);
+      return;
+    }
+    run();
+    counts_.calls += checker.calls();
+    ++(checker.failures().empty() ? counts_.passed : counts_.failed);
+    if (!checker.failures().empty()) report(c, seed, name, checker.failures());
+    for (const Failure& failure : checker.failures())
+      result["failures"].push_back({{"check", failure.check},
+                                    {"tensor", failure.tensor},
+                                    {"detail", failure.detail},
+                                    {"error", failure.error},
+                                    {"limit", failure.limit}});
+    results_.push_back(result);
+  }
+
+  template <class Subject>
+  void report(const Subject& c, std::uint64_t seed, const std::string& backend, const std::vector<Failure>& failures) const {
     if (progress_) std::fprintf(stderr, "\r\033[K");
     std::printf("FAILED %s on %s\n%s", c.name.c_str(), backend.c_str(), describe(c).c_str());
     const std::size_t shown = std::min<std::size_t>(failures.size(), 8);
     for (std::size_t i = 0; i < shown; ++i) std::printf("  * %s\n", text(failures[i]).c_str());
     if (failures.size() > shown) std::printf("  * and %zu more\n", failures.size() - shown);
     std::printf("  replay: checkkernel --backend %s --test %s --seed %llu\n", backend.c_str(), c.name.c_str(),
-                static_cast<unsigned long long>(c.seed));
+                static_cast<unsigned long long>(seed));
   }
 
   const Options& options_;

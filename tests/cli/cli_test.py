@@ -275,9 +275,8 @@ class Golden(ToolTest):
     def check(self, name, case, *args):
         golden = load(os.path.join(GOLDEN, name))
         for backend in json.loads(self.call("info", "--json").stdout)["backends"]:
-            if not (backend["available"] and backend["host_memory"]):
-                reason = backend["reason"] or "the tool has host tensors, which it does not reach"
-                print(f"skipped: {name} on {backend['name']}: {reason}", file=sys.stderr)
+            if not backend["available"]:
+                print(f"skipped: {name} on {backend['name']}: {backend['reason']}", file=sys.stderr)
                 continue
             for dtype in ("F32", "BF16", "F16"):
                 with self.subTest(file=name, backend=backend["name"], dtype=dtype):
@@ -321,6 +320,73 @@ class Golden(ToolTest):
         self.assertEqual((out["o"].dtype, out["state"].dtype), ("BF16", "BF16"))
         self.check_tensor(out["o"], golden["o_from_bf16"], golden)
         self.check_tensor(out["state"], golden["state_out_from_bf16"], golden)
+
+
+class Cuda(ToolTest):
+    """The backend whose tensors the tool copies: with a GPU it runs, without one the reason is what every command says."""
+
+    def setUp(self):
+        super().setUp()
+        info = json.loads(self.call("info", "--json").stdout)
+        backend = next((b for b in info["backends"] if b["name"] == "cuda"), None)
+        if backend is None:
+            self.skipTest("built without CUDA")
+        self.info, self.reason = info, backend["reason"]
+
+    def no_gpu(self):
+        if self.reason:
+            print(f"skipped: {self.id().split('.', 1)[1]} on a GPU: {self.reason}", file=sys.stderr)
+        return self.reason != ""
+
+    def test_info(self):
+        devices = [d for d in self.info["devices"] if d["device"] != "cpu"]
+        self.assertRegex(self.info["cuda"]["runtime"], r"^\d+\.\d+$")
+        text = self.call("info").stdout
+        self.assertIn(f"runtime {self.info['cuda']['runtime']}", text)
+        if self.no_gpu():
+            self.assertIn(f"(unavailable: {self.reason})", text)
+            return
+        self.assertEqual(devices[0]["device"], "cuda:0")
+        for device in devices:
+            self.assertRegex(device["compute_capability"], r"^\d+\.\d$")
+            self.assertRegex(device["code"], "machine code$|^PTX|^none")
+            for value in (device["model"], device["compute_capability"], device["code"]):
+                self.assertIn(value, text)
+        self.assertIn(self.info["cuda"]["driver_supports"], text)
+
+    def test_run(self):
+        x = small_call()
+        token_slots = {"token_slots": Tensor("I32", [B, T], [0, 1, 2, 3, 4, 5]), "accepted": Tensor("I32", [B], [2, 3])}
+        call = {n: x[n] for n in ("q", "k", "v", "a", "A_log", "dt_bias", "b", "state")}
+        if self.no_gpu():
+            for env, args in (((), ["--backend", "cuda"]), ({"GATEDELTA_BACKEND": "cuda"}, [])):
+                self.write(call)
+                done = self.call("run", "--input", self.input, "--output", self.output, *args, env=env)
+                self.check_fails(done, "cuda is not available", self.reason)
+            return
+        for tensors, args in (
+            (call, []), (call, ["--snapshots", "--no-update"]), (call | token_slots, ["--snapshots"]),
+            (call | {"read_slots": Tensor("I64", [B], [4, 1]), "write_slots": Tensor("I32", [B], [1, -1])}, []),
+            ({n: x[n] for n in ("q", "k", "v")}, []),
+        ):  # fmt: skip
+            with self.subTest(args=args, tensors=list(tensors)):
+                expected = self.run_call(tensors, *args)
+                found = self.run_file(self.input, "--backend", "cuda", *args)
+                self.assertEqual(found.keys(), expected.keys())
+                for name in expected:
+                    self.assertEqual(found[name].shape, expected[name].shape)
+                    self.check_close(found[name].values, expected[name].values)
+                os.remove(self.output)
+        bad = call | {"read_slots": Tensor("I32", [B], [0, SLOTS])}
+        self.fails(bad, "--backend", "cuda", cause=f"read_slots: row 1 has slot {SLOTS}, the pool has {SLOTS} slots")
+
+    def test_check(self):
+        done = self.call("check", "--backend", "cuda", "--cases", "5")
+        if self.no_gpu():
+            self.check_fails(done, "cuda is not available", self.reason)
+            return
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("check: cuda against reference: 5 passed, 0 failed", done.stdout)
 
 
 class Options(ToolTest):

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation says what is there: README's C++ block is examples/quickstart/quickstart.cpp, every relative link of
-every Markdown file leads to a file, and every command of ./run that is named exists."""
+"""The documentation says what is there: README's first C++ block is examples/quickstart/quickstart.cpp, every line of every
+other block of code is one of a program that is built and tested, every relative link of every Markdown file leads to a file,
+and every command of ./run that is named exists."""
 import pathlib
 import re
 import sys
@@ -19,7 +20,7 @@ def body(source: str) -> str:
 
 
 def documents() -> list[pathlib.Path]:
-    built = ("build", "subprojects", ".venv")
+    built = ("build", "subprojects", "dist", ".")
     return [path for path in sorted(root.rglob("*.md")) if not path.relative_to(root).parts[0].startswith(built)]
 
 
@@ -38,6 +39,31 @@ def check_example() -> None:
         problems.append(f"README.md: the C++ block has {len(shown)} lines, quickstart.cpp's body {len(tested)}")
 
 
+# The programs that blocks of a language quote.
+QUOTED = {
+    "cpp": ("examples/**/*.cpp", "tests/interop/*.cpp"),
+    "c": ("examples/**/*.c",),
+    "cmake": ("examples/**/CMakeLists.txt",),
+    "meson": ("examples/**/meson.build",),
+}
+
+
+def lines_in_order(wanted: list[str], lines: list[str]) -> bool:
+    rest = iter(lines)
+    return all(line in rest for line in wanted)
+
+
+def check_quotes() -> None:
+    """The lines of a block stand in one file in this order; indentation, and lines between them, do not count."""
+    for document in documents():
+        for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", document.read_text(encoding="utf-8"), re.S | re.M):
+            wanted = [line.strip() for line in block.splitlines() if line.strip()]
+            files = [path for pattern in QUOTED.get(language, ()) for path in sorted(root.glob(pattern))]
+            texts = [[line.strip() for line in path.read_text(encoding="utf-8").splitlines()] for path in files]
+            if files and not any(lines_in_order(wanted, text) for text in texts):
+                problems.append(f"{document.relative_to(root)}: no program has these lines of {language}:\n{block}")
+
+
 def check_links() -> None:
     for document in documents():
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
@@ -54,6 +80,7 @@ def check_commands() -> None:
 
 
 check_example()
+check_quotes()
 check_links()
 check_commands()
 print("\n".join(problems) if problems else f"{len(documents())} documents agree with the sources")

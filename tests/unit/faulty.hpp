@@ -16,7 +16,9 @@ class Faulty final : public gatedelta::Backend {
   std::string description() const override { return "for tests"; }
   gatedelta::Availability availability() const override { return {true, {}}; }
   bool reaches(gatedelta::Device device) const noexcept override { return device == gatedelta::Device{}; }
-  std::string unsupported_reason(const gatedelta::Problem&) const override { return {}; }
+  std::string unsupported_reason(const gatedelta::Problem& problem) const override {
+    return problem.window ? "replay windows are left out" : "";
+  }
   void forward(const gatedelta::Call& call) override { forward_(*gatedelta::find_backend("reference"), call); }
   void commit(const gatedelta::Config&, const gatedelta::CommitArguments&) override {}
 

@@ -20,6 +20,7 @@
 #include "core/builtin_backends.hpp"
 #include "core/elements.hpp"
 #include "core/host_rows.hpp"
+#include "core/host_window.hpp"
 
 namespace gatedelta {
 namespace cpu {
@@ -27,7 +28,6 @@ namespace cpu {
 #if !defined(GATEDELTA_X86_VARIANTS)
 const Kernels* const kernels_avx2 = nullptr;
 const Kernels* const kernels_avx512 = nullptr;
-const Kernels* const kernels_avx512bf16 = nullptr;
 #endif
 
 namespace {
@@ -40,6 +40,7 @@ static_assert(static_cast<int>(Element::f32) == static_cast<int>(DType::f32) &&
 constexpr std::int64_t smallest_block = 16;
 // Elements of state times tokens below which another thread costs more than it brings (starting one takes about 2 us).
 constexpr std::int64_t smallest_share = 8192;
+static_assert(max_window_entries == max_window && max_replay_tokens == max_window);
 
 struct Variant {
   const Kernels* kernels;
@@ -56,8 +57,6 @@ std::vector<Variant> variants() {
   const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (kernels_avx512bf16) out.push_back({kernels_avx512bf16, bf16});
   if (kernels_avx512) out.push_back({kernels_avx512, avx512});
   if (kernels_avx2) out.push_back({kernels_avx2, avx2});
 #endif
@@ -243,10 +242,15 @@ class CpuBackend final : public Backend {
 
   void forward(const Call& call) override;
   void commit(const Config& config, const CommitArguments& arguments) override { commit_on_host(config, arguments); }
+  void accept(const Config& config, const AcceptArguments& arguments) override { accept_on_host(config, arguments); }
+  void reset(const Config& config, const ResetArguments& arguments) override { reset_on_host(config, arguments); }
+  void fold(const Config& config, const FoldArguments& arguments) override { fold_on_host(config, arguments); }
+  void copy(const Config& config, const ForkArguments& arguments) override { copy_on_host(config, arguments); }
 
  private:
   static void prefetch_inputs(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task);
   void run_task(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task, char* scratch) const;
+  void replay(const Call& call, const HostRow& row, std::int64_t h, std::int64_t first_value, const HeadWork& head) const;
   bool by_chunks(const Call& call, std::int64_t tokens) const;
 
   const Kernels* kernels_ = nullptr;
@@ -272,7 +276,8 @@ void CpuBackend::forward(const Call& call) {
   }
   const Split plan = split(call.problem, tokens);
   // Of a task: the kernels' scratch, then log decay, beta and token targets of its tokens.
-  const std::int64_t kernel_bytes = kernels_->scratch_bytes(call.problem.config.key_dim, plan.block_rows);
+  const auto scratch_bytes = call.problem.window ? kernels_->replay_scratch_bytes : kernels_->scratch_bytes;
+  const std::int64_t kernel_bytes = scratch_bytes(call.problem.config.key_dim, plan.block_rows);
   const std::int64_t task_bytes = kernel_bytes + (3 * 8 * longest + 63) / 64 * 64;
   const ScratchPool::Lease scratch(scratch_, static_cast<std::size_t>(task_bytes * plan.threads));
   rows.zero_padding();
@@ -317,6 +322,18 @@ void CpuBackend::prefetch_inputs(const Call& call, const HostRows& rows, const S
   prefetch(in.g, H);
   prefetch(in.b, H);
   prefetch(in.beta, H);
+  if (!call.problem.window) return;
+  const ReplayWindow& window = *in.window;
+  const auto prefetch_entry = [&](const TensorView& tensor, std::int64_t head, std::int64_t place) {
+    const char* begin = address(tensor, row.source_slot, head, place);
+    for (std::int64_t i = 0; i < bytes(tensor, tensor.shape[3]); i += 64) __builtin_prefetch(begin + i, 0, 2);
+  };
+  for (std::int64_t j = 0; j < row.length + row.tokens; ++j) {
+    const std::int64_t place = place_of(window.record, row.source_slot, j);
+    prefetch_entry(window.keys, h / (H / config.k_heads), place);
+    prefetch_entry(window.corrections, h, place);
+  }
+  __builtin_prefetch(address(window.decays, row.source_slot, h));
 }
 
 void CpuBackend::run_task(const Call& call, const HostRows& rows, const Split& plan, std::int64_t task, char* scratch) const {
@@ -327,7 +344,8 @@ void CpuBackend::run_task(const Call& call, const HostRows& rows, const Split& p
   const HostRow& row = rows.rows()[static_cast<std::size_t>(n)];
   if (row.padding) return;
   const TensorView& to = call.state_write;
-  char* target = row.final_slot >= 0 ? address(to, row.final_slot, h, first_value) : nullptr;
+  const std::int64_t final_slot = row.fold ? row.source_slot : row.final_slot;
+  char* target = final_slot >= 0 ? address(to, final_slot, h, first_value) : nullptr;
   if (row.tokens == 0) {
     const bool in_place = target && row.source && target == address(*row.source, row.source_slot, h, first_value);
     if (target == nullptr || in_place) return;
@@ -376,7 +394,33 @@ void CpuBackend::run_task(const Call& call, const HostRows& rows, const Split& p
     work.snapshot_stride = bytes(in.snapshots, in.snapshots.strides[1]);
   }
   work.scratch = scratch + (3 * 8 * row.tokens + 63) / 64 * 64;
+  if (call.problem.window) return replay(call, row, h, first_value, work);
   by_chunks(call, row.tokens) ? kernels_->chunks(work) : kernels_->step(work);
+}
+
+void CpuBackend::replay(const Call& call, const HostRow& row, std::int64_t h, std::int64_t first_value,
+                        const HeadWork& head) const {
+  const Config& config = call.problem.config;
+  const ReplayWindow& window = *call.arguments->window;
+  const TensorView& parent = call.arguments->parent;
+  const std::int64_t slot = row.source_slot, group = config.heads() / config.k_heads;
+  std::int32_t order[max_window_entries + max_replay_tokens];
+  for (std::int64_t i = 0; i < row.length + row.tokens; ++i)
+    order[i] = static_cast<std::int32_t>(place_of(window.record, slot, i));
+  ReplayWork work;
+  work.head = head;
+  work.length = row.length;
+  work.order = order;
+  work.entry_keys = matrix(window.keys, address(window.keys, slot, h / group), 2, 3);
+  work.entry_corrections = matrix(window.corrections, address(window.corrections, slot, h, 0, first_value), 2, 3);
+  work.decays = address(window.decays, slot, h);
+  if (parent.defined()) {
+    work.parent = reinterpret_cast<const std::int32_t*>(address(parent, row.batch, row.first_token));
+    work.parent_stride = parent.strides[1];
+  }
+  work.stores_decays = first_value == 0;
+  work.stores_keys = first_value == 0 && h % group == 0;
+  kernels_->replay(work);
 }
 
 }  // namespace

@@ -44,6 +44,21 @@ struct HeadWork {
   char* scratch = nullptr;  ///< scratch_bytes(), 64-byte aligned
 };
 
+/// One head, or a block of its value rows, with a replay window: head.source is the checkpoint, head.target the same where it
+/// is folded. At least one token.
+struct ReplayWork {
+  HeadWork head;
+  int64_t length = 0;              ///< P
+  const int32_t* order = nullptr;  ///< [P+T]: the places of the entries, then those of the tokens
+  Matrix entry_keys;               ///< [places, K]
+  Matrix entry_corrections;        ///< [places, rows]
+  char* decays = nullptr;          ///< [places] floats
+  const int32_t* parent = nullptr;
+  int64_t parent_stride = 0;   ///< in elements
+  bool stores_keys = false;    ///< several heads and blocks share the keys,
+  bool stores_decays = false;  ///< and the blocks of a head its decays: one of them stores
+};
+
 struct Kernels {
   const char* name;
   /// Enough for both functions.
@@ -54,6 +69,8 @@ struct Kernels {
   /// The chunkwise form (WY representation) on the transposed state: matrix products. Best for many tokens, and for states
   /// whose values are contiguous.
   void (*chunks)(const HeadWork& work);
+  int64_t (*replay_scratch_bytes)(int64_t key_dim, int64_t rows);
+  void (*replay)(const ReplayWork& work);
   /// Sequences of at least this many tokens are faster by chunks. Measured for each variant with K = V = 128.
   int64_t chunks_from;
   /// Multiply-add instructions on all lanes, as fast as they go; returns the flops done. For measuring the machine.
@@ -61,11 +78,11 @@ struct Kernels {
 
 inline constexpr int64_t max_step_tokens = 16;
 inline constexpr int64_t chunk_tokens = 64;
+inline constexpr int64_t max_window_entries = 64, max_replay_tokens = 64;
 
 /// Null where the variant was not compiled in.
 extern const Kernels* const kernels_baseline;
 extern const Kernels* const kernels_avx2;
 extern const Kernels* const kernels_avx512;
-extern const Kernels* const kernels_avx512bf16;
 
 }  // namespace gatedelta::cpu

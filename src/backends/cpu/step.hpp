@@ -18,7 +18,9 @@ constexpr int64_t row_group = 4;   // rows whose sums are reduced together
 constexpr int64_t row_block = 16;  // rows that share one triangular solve
 // Bytes of state ahead of the rows in work: into L1, and further ahead into L2. The requests are spread evenly over all work,
 // since a core has few buffers for lines on their way into L1; in bursts they would wait for each other.
-constexpr int64_t prefetch_near = 4096, prefetch_far = 10240;
+constexpr int64_t prefetch_near = 4096;
+template <class S>
+constexpr int64_t prefetch_far = sizeof(S) == 4 ? 16384 : 10240;
 
 /// The tokens of one window, ready for use.
 struct Window {
@@ -86,14 +88,16 @@ GATEDELTA_INLINE void prefetch(const Ahead& ahead, int64_t bytes) {
   if (bytes % 64 != 0) return;
   GATEDELTA_UNROLL
   for (int g = begin; g < end; ++g) {
-    __builtin_prefetch(ahead.near + g * ahead.stride + bytes, 0, 0);
+    __builtin_prefetch(ahead.near + g * ahead.stride + bytes, 0, 3);
     __builtin_prefetch(ahead.far + g * ahead.stride + bytes, 0, 2);
   }
 }
 
-/// row_group rows times the key and the query. K is a multiple of 2 W, or (floats only) of W.
-template <class S>
-GATEDELTA_INLINE Sums multiply_group(const S* const* row, const float* key, const float* query, int64_t K, const Ahead& ahead) {
+/// row_group rows times the key and the query. K is a multiple of 2 W, or (floats only) of W. Of the rows ahead, `prefetched`
+/// are asked for. With `keep`, 16-bit rows times the decay go to `decayed`, [row_group][K], so that they are widened once.
+template <class S, int prefetched = row_group / 2, bool keep = true>
+GATEDELTA_INLINE Sums multiply_group(const S* const* row, const float* key, const float* query, float decay, int64_t K,
+                                     float* decayed, const Ahead& ahead) {
   vf with_key[row_group], with_query[row_group];
   GATEDELTA_UNROLL
   for (int g = 0; g < row_group; ++g) with_key[g] = with_query[g] = vf{};
@@ -103,52 +107,50 @@ GATEDELTA_INLINE Sums multiply_group(const S* const* row, const float* key, cons
   };
   constexpr int64_t columns = sizeof(S) == 4 ? W : 2 * W;
   for (int64_t i = 0; i < K; i += columns) {
-    prefetch<0, row_group / 2>(ahead, i * (int64_t)sizeof(S));
+    prefetch<0, prefetched>(ahead, i * (int64_t)sizeof(S));
     const vf k = load(key + i), q = load(query + i);
     if constexpr (columns == W) {
       GATEDELTA_UNROLL
       for (int g = 0; g < row_group; ++g) add(g, load(row[g] + i), k, q);
     } else {
-      const vf next_k = load(key + i + W), next_q = load(query + i + W);
+      const vf next_k = load(key + i + W), next_q = load(query + i + W), d = set1(decay);
       GATEDELTA_UNROLL
       for (int g = 0; g < row_group; ++g) {
         vf first, second;
         load_pair(row[g] + i, first, second);
         add(g, first, k, q);
         add(g, second, next_k, next_q);
+        if constexpr (keep) {
+          store(decayed + g * K + i, d * first);
+          store(decayed + g * K + i + W, d * second);
+        }
       }
     }
   }
   return reduce(with_key, with_query);
 }
 
-/// out = decay * row + u key for row_group rows.
-template <class S>
-GATEDELTA_INLINE void update_group(const S* const* row, const float* key, float decay, v4 u, int64_t K, char* target,
-                                   int64_t stride, const Ahead& ahead) {
+/// out = decay * row + u key for row_group rows; of 16-bit rows what multiply_group left in `decayed` is read.
+/// `numbers`: neither row nor key nor u has a NaN.
+template <bool numbers, class S>
+GATEDELTA_INLINE void update_group(const S* const* row, const float* decayed, const float* key, float decay, v4 u, int64_t K,
+                                   char* target, int64_t stride, const Ahead& ahead) {
   vf weight[row_group];
   GATEDELTA_UNROLL
   for (int g = 0; g < row_group; ++g) weight[g] = set1(u[g]);
-  const vf d = set1(decay);
   constexpr int64_t columns = sizeof(S) == 4 ? W : 2 * W;
   for (int64_t i = 0; i < K; i += columns) {
     prefetch<row_group / 2, row_group>(ahead, i * (int64_t)sizeof(S));
     const vf k = load(key + i);
-    if constexpr (columns == W) {
-      GATEDELTA_UNROLL
-      for (int g = 0; g < row_group; ++g) store((S*)(target + g * stride) + i, fma(weight[g], k, d * load(row[g] + i)));
-    } else {
-      const vf next_k = load(key + i + W);
-      GATEDELTA_UNROLL
-      for (int g = 0; g < row_group; ++g) {
-        vf first, second;
-        load_pair(row[g] + i, first, second);
-        first = fma(weight[g], k, d * first);
-        second = fma(weight[g], next_k, d * second);
-        StoreCheck check;
-        check.add(row[g], first, second);
-        S* to = (S*)(target + g * stride) + i;
-        check.safe() ? store_pair_fast(to, first, second) : store_pair(to, first, second);
+    GATEDELTA_UNROLL
+    for (int g = 0; g < row_group; ++g) {
+      S* to = (S*)(target + g * stride) + i;
+      if constexpr (columns == W) {
+        store(to, fma(weight[g], k, set1(decay) * load(row[g] + i)));
+      } else {
+        const vf first = fma(weight[g], k, load(decayed + g * K + i));
+        const vf second = fma(weight[g], load(key + i + W), load(decayed + g * K + i + W));
+        numbers ? store_pair_of_numbers(to, first, second) : store_pair(to, first, second);
       }
     }
   }
@@ -169,7 +171,8 @@ GATEDELTA_KERNEL void step_one(const Window& window, const Rows& at, int64_t row
     key = scratch;
     query = scratch + K;
   }
-  const int64_t near = prefetch_near / row_bytes * source_stride, far = prefetch_far / row_bytes * source_stride;
+  const auto decayed = [&](int64_t r) { return scratch + (2 + r % (2 * row_group)) * K; };  // of two groups in turn
+  const int64_t near = prefetch_near / row_bytes * source_stride, far = prefetch_far<S> / row_bytes * source_stride;
   const auto group_at = [&](int64_t r, const S** row) {
     const char* first = at.source + r * source_stride;
     GATEDELTA_UNROLL
@@ -181,12 +184,19 @@ GATEDELTA_KERNEL void step_one(const Window& window, const Rows& at, int64_t row
   const auto update = [&](int64_t r, v4 u) {
     const S* row[row_group];
     const char* next = group_at(r, row) + row_group * source_stride;
-    update_group(row, key, decay, u, K, at.target + r * target_stride, target_stride, {next + near, next + far, source_stride});
+    char* to = at.target + r * target_stride;
+    const Ahead ahead{next + near, next + far, source_stride};
+    // A NaN or an infinity in a row, the key or the decay makes its u one, too.
+    const v4 zero = u - u;
+    if (__builtin_expect(zero[0] + zero[1] + zero[2] + zero[3] == 0, 1))
+      update_group<true>(row, decayed(r), key, decay, u, K, to, target_stride, ahead);
+    else
+      update_group<false>(row, decayed(r), key, decay, u, K, to, target_stride, ahead);
   };
   for (int64_t r = 0; r < rows; r += row_group) {
     const S* row[row_group];
     const char* first = group_at(r, row);
-    const Sums S_times = multiply_group(row, key, query, K, {first + near, first + far, source_stride});
+    const Sums S_times = multiply_group(row, key, query, decay, K, decayed(r), {first + near, first + far, source_stride});
     const v4 u = beta * (load_as<v4>(v + r) - decay * S_times.a);
     store_as(o + r, decay * S_times.b + mix * u);
     if (at.target && r > 0) update(r - row_group, last_u);
@@ -194,66 +204,6 @@ GATEDELTA_KERNEL void step_one(const Window& window, const Rows& at, int64_t row
   }
   if (at.target && rows > 0) update(rows - row_group, last_u);
 }
-
-#if defined(__AVX512F__)
-/// One token on packed rows of 128 keys, which is what the models have: two rows at a time stay in registers from load to
-/// store. The same arithmetic as step_one, so that it does not matter which of them a row takes. The state is stored.
-template <class S>
-GATEDELTA_KERNEL void step_one_resident(const Window& window, const Rows& at, int64_t rows, const float* v, float* o,
-                                        float* scratch) {
-  constexpr int64_t K = 128, row_bytes = K * (int64_t)sizeof(S), near = prefetch_near, far = prefetch_far;
-  constexpr int vectors = K / W, group = 2;
-  const float decay = window.decay[0], beta = window.beta[0], mix = window.query_mix[0];
-  const float *key = scratch, *query = scratch + K;
-  arrange((const S*)nullptr, window.keys, K, scratch);
-  arrange((const S*)nullptr, window.queries, K, scratch + K);
-  const vf d = set1(decay);
-  for (int64_t r = 0; r < rows; r += group) {
-    const S* row = (const S*)(at.source + r * row_bytes);
-    S* out = (S*)(at.target + r * row_bytes);
-    vf s[group][vectors];
-    vf products[2 * group] = {vf{}, vf{}, vf{}, vf{}};  // of the two rows with the key, then with the query
-    GATEDELTA_UNROLL
-    for (int i = 0; i < vectors; i += 2) {
-      GATEDELTA_UNROLL
-      for (int g = 0; g < group; ++g) {
-        const S* from = row + g * K + i * W;
-        load_pair(from, s[g][i], s[g][i + 1]);
-        GATEDELTA_UNROLL
-        for (int64_t line = 0; line < 2 * W * (int64_t)sizeof(S); line += 64) {
-          __builtin_prefetch((const char*)from + near + line, 0, 3);
-          __builtin_prefetch((const char*)from + far + line, 0, 2);
-        }
-        GATEDELTA_UNROLL
-        for (int j = i; j < i + 2; ++j) {
-          products[g] = fma(s[g][j], load(key + j * W), products[g]);
-          products[group + g] = fma(s[g][j], load(query + j * W), products[group + g]);
-        }
-      }
-    }
-    const v4 sums = reduce(products, products).a;
-    float u[group];
-    GATEDELTA_UNROLL
-    for (int g = 0; g < group; ++g) {
-      u[g] = beta * (v[r + g] - decay * sums[g]);
-      o[r + g] = decay * sums[group + g] + mix * u[g];
-    }
-    const auto updated = [&](int g, int i) { return fma(set1(u[g]), load(key + i * W), d * s[g][i]); };
-    StoreCheck check;
-    GATEDELTA_UNROLL
-    for (int g = 0; g < group; ++g) GATEDELTA_UNROLL
-    for (int i = 0; i < vectors; i += 2) {
-      const vf first = updated(g, i), second = updated(g, i + 1);
-      check.add(row, first, second);
-      store_pair_fast(out + g * K + i * W, first, second);
-    }
-    if (check.safe()) continue;
-    GATEDELTA_UNROLL
-    for (int g = 0; g < group; ++g) GATEDELTA_UNROLL
-    for (int i = 0; i < vectors; i += 2) store_pair(out + g * K + i * W, updated(g, i), updated(g, i + 1));
-  }
-}
-#endif
 
 #if defined(__AVX512F__)
 constexpr int dots_at_once = 4, update_vectors = 4;
@@ -348,7 +298,7 @@ GATEDELTA_KERNEL void step_many(const Window& window, const Rows& at, int64_t ro
     const float* row[row_block];
     for (int64_t r = 0; r < count; ++r) {
       const S* from = (const S*)(at.source + (block + r) * at.source_stride);
-      const char* far = (const char*)from + prefetch_far / (K * (int64_t)sizeof(S)) * at.source_stride;
+      const char* far = (const char*)from + prefetch_far<S> / (K * (int64_t)sizeof(S)) * at.source_stride;
       for (int64_t i = 0; i < K * (int64_t)sizeof(S); i += 64) __builtin_prefetch(far + i, 0, 2);
       if constexpr (sizeof(S) == 4) {
         row[r] = from;
@@ -389,9 +339,6 @@ void step_window(const Window& window, const Rows& at, int64_t rows, int64_t pad
   const bool one = window.tokens == 1;
   const auto packed = [&](int64_t stride) { return stride == 128 * (int64_t)sizeof(S); };
   if (padded_key == 128 && packed(at.source_stride) && (!at.target || packed(at.target_stride))) {
-#if defined(__AVX512F__)
-    if (one && at.target) return step_one_resident<S>(window, at, rows, v, o, scratch);
-#endif
     return one ? step_one<S, 128>(window, at, rows, padded_key, v, o, scratch)
                : step_many<S, 128>(window, at, rows, padded_key, v, o, ld, scratch);
   }

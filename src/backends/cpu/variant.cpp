@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled once for each instruction set: GATEDELTA_VARIANT is its name, GATEDELTA_TABLE the table it defines.
 #include "backends/cpu/chunks.hpp"
+#include "backends/cpu/replay.hpp"
 
 namespace gatedelta::cpu {
 namespace {
@@ -13,6 +14,8 @@ int64_t scratch_bytes(int64_t key_dim, int64_t rows) {
   return round_up(a > b ? a : b, 64);
 }
 
+int64_t replay_bytes(int64_t key_dim, int64_t rows) { return round_up(replay_scratch_bytes(key_dim, rows), 64); }
+
 #if defined(__AVX512F__)
 constexpr int64_t chunks_from = 128;
 #elif defined(__AVX2__)
@@ -21,7 +24,7 @@ constexpr int64_t chunks_from = 48;
 constexpr int64_t chunks_from = INT64_MAX;  // without fused multiply-adds the recurrence always has fewer instructions
 #endif
 
-constexpr Kernels table{GATEDELTA_STRING(GATEDELTA_VARIANT), scratch_bytes, step, chunks, chunks_from};
+constexpr Kernels table{GATEDELTA_STRING(GATEDELTA_VARIANT), scratch_bytes, step, chunks, replay_bytes, replay, chunks_from};
 
 }  // namespace
 

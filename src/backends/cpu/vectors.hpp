@@ -73,16 +73,34 @@ GATEDELTA_INLINE vf fma(vf a, vf b, vf c) {
 GATEDELTA_INLINE vf load(const float* p) { return load_as<vf>(p); }
 GATEDELTA_INLINE void store(float* p, vf x) { store_as(p, x); }
 
+#if !defined(__AVX2__)
+/// 16-bit words to and from the lower halves of lanes.
+GATEDELTA_INLINE vu load_words(const void* p) {
+#if defined(__SSE2__)
+  return (vu)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)p), _mm_setzero_si128());
+#else
+  return __builtin_convertvector(load_as<vh>(p), vu);
+#endif
+}
+GATEDELTA_INLINE void store_words(void* p, vu x) {
+#if defined(__SSE2__)
+  // Sign-extended halves survive the saturation of the only pack there is.
+  const __m128i extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)x, 16), 16);
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(extended, extended));
+#else
+  store_as(p, __builtin_convertvector(x, vh));
+#endif
+}
+#endif
+
 // The conversions are spelled out where GCC's own code for __builtin_convertvector takes more instructions.
 GATEDELTA_INLINE vf load(const bf16_t* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 #elif defined(__AVX2__)
   return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
-#elif defined(__SSE2__)
-  return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)p));
 #else
-  return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+  return (vf)(load_words(p) << 16);
 #endif
 }
 
@@ -99,26 +117,14 @@ GATEDELTA_INLINE vu round_to_bf16(vf x) {
 }
 
 GATEDELTA_INLINE void store(bf16_t* p, vf x) {
-#if defined(__AVX512BF16__)
-  // The instruction takes subnormal numbers for zero; they go the long way.
-  constexpr int subnormal = 0x20;
-  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, subnormal) == 0, 1)) {
-    store_as(p, _mm512_cvtneps_pbh((__m512)x));
-    return;
-  }
-#endif
   const vu bits = round_to_bf16(x) >> 16;
 #if defined(__AVX512F__)
   store_as(p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits));
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
   store_as(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
-#elif defined(__SSE2__)
-  // Sign-extended halves survive the saturation of the only pack there is.
-  const __m128i extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)bits, 16), 16);
-  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(extended, extended));
 #else
-  store_as(p, __builtin_convertvector(bits, vh));
+  store_words(p, bits);
 #endif
 }
 
@@ -128,12 +134,10 @@ GATEDELTA_INLINE vf load(const f16_t* p) {
 #elif defined(__F16C__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  const vu half = __builtin_convertvector(load_as<vh>(p), vu);
-  const vu magnitude = (half & 0x7fffu) << 13;
-  const vf scaled = (vf)magnitude * 0x1p112f;  // rebiases the exponent; exact for subnormals, too
-  const vu special = magnitude | 0x7f800000u;  // infinity and NaN
-  const vu bits = (magnitude >= 0x0f800000u) ? special : (vu)scaled;
-  return (vf)(bits | ((half & 0x8000u) << 16));
+  const vu half = load_words(p), magnitude = (half & 0x7fffu) << 13;
+  const vf scaled = (vf)magnitude * 0x1p112f;                          // rebiases the exponent; exact for subnormals, too
+  const vu special = (vu)((vi)magnitude >= 0x0f800000) & 0x7f800000u;  // infinity and NaN
+  return (vf)((vu)scaled | special | ((half & 0x8000u) << 16));
 #endif
 }
 
@@ -143,15 +147,14 @@ GATEDELTA_INLINE void store(f16_t* p, vf x) {
 #elif defined(__F16C__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  // As to_float16() of gatedelta/dtype.hpp, on all lanes.
+  // As to_float16() of gatedelta/dtype.hpp, on all lanes. Comparisons are signed: SSE2 has no others.
   const vu bits = (vu)x, magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
-  const vu normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const vu subnormal = (vu)((vf)magnitude + 0.5f) - 0x3f000000u;
-  const vu nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  vu result = (magnitude < 0x38800000u) ? subnormal : normal;
-  result = (magnitude >= 0x477ff000u) ? vu{} + 0x7c00u : result;
-  result = (magnitude > 0x7f800000u) ? nan : result;
-  store_as(p, __builtin_convertvector(result | sign, vh));
+  const vi infinite = vi{} + 0x47800000;  // 2^16; what rounds to it gets there by its carry
+  const vu capped = (vu)((vi)magnitude > infinite ? infinite : (vi)magnitude);
+  const vu normal = (capped - (0x38000000u - 0xfffu) + ((capped >> 13) & 1u)) >> 13;
+  const vu subnormal = (vu)((vf)capped + 0.5f) - 0x3f000000u;
+  const vu nan = (vu)((vi)magnitude > 0x7f800000) & (0x200u | ((magnitude >> 13) & 0x3ffu));
+  store_words(p, ((vi)capped < 0x38800000 ? subnormal : normal) | nan | sign);
 #endif
 }
 
@@ -176,37 +179,42 @@ GATEDELTA_INLINE void store_pair(bf16_t* p, vf even, vf odd) {
   store_as(p, (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xffff0000u));
 }
 
-// The conversion instruction of AVX512-BF16 takes subnormal numbers for zero. So a kernel shows a StoreCheck what it gives to
-// store_pair_fast, and unless all of it was safe stores it again with store_pair. Zeros count as unsafe, too: so the check is
-// one instruction a vector, and the states of a model have none.
-struct StoreCheck {
-#if defined(__AVX512BF16__)
-  static constexpr int smaller_magnitude = 0b1010;                 // of the two, without its sign
-  vf least[2] = {set1(__builtin_inff()), set1(__builtin_inff())};  // two, to hide the latency
-  GATEDELTA_INLINE void add(const bf16_t*, vf x, vf y) {
-    least[0] = (vf)_mm512_range_ps((__m512)least[0], (__m512)x, smaller_magnitude);
-    least[1] = (vf)_mm512_range_ps((__m512)least[1], (__m512)y, smaller_magnitude);
-  }
-  GATEDELTA_INLINE bool safe() const {
-    const __m512 both = _mm512_min_ps((__m512)least[0], (__m512)least[1]);
-    return __builtin_expect(_mm512_cmp_ps_mask(both, _mm512_set1_ps(0x1p-126f), _CMP_NGE_UQ) == 0, 1);
-  }
-#else
-  GATEDELTA_INLINE bool safe() const { return true; }
-#endif
-  GATEDELTA_INLINE void add(const void*, vf, vf) {}
-};
+/// store_pair() for numbers (infinities included) and for the NaN that arithmetic makes of numbers, whose lower half is zero.
 template <class S>
-GATEDELTA_INLINE void store_pair_fast(S* p, vf first, vf second) {
+GATEDELTA_INLINE void store_pair_of_numbers(S* p, vf first, vf second) {
   store_pair(p, first, second);
 }
-#if defined(__AVX512BF16__)
-GATEDELTA_INLINE void store_pair_fast(bf16_t* p, vf even, vf odd) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
-                                         4, 19, 3, 18, 2, 17, 1, 16, 0);
-  store_as(p, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even)));
-}
+/// All bits above the cut are put together, and all bits below; so one rounding does for both vectors. It goes up if the bits
+/// below are more than a half, or a half above an odd number. No conversion instruction: that of AVX512-BF16 takes subnormal
+/// numbers for zero.
+GATEDELTA_INLINE void store_pair_of_numbers(bf16_t* p, vf even, vf odd) {
+#if defined(__AVX512F__)
+  constexpr int a_and_b_or_c = 0xea, a_and_not_b_or_c = 0xba;
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000), one = _mm512_set1_epi16(1), e = (__m512i)even, o = (__m512i)odd;
+  const __m512i above = _mm512_ternarylogic_epi32(o, upper, _mm512_srli_epi32(e, 16), a_and_b_or_c);
+  const __m512i below = _mm512_ternarylogic_epi32(e, upper, _mm512_slli_epi32(o, 16), a_and_not_b_or_c);
+  const __mmask32 up =
+      _mm512_cmpgt_epu16_mask(_mm512_ternarylogic_epi32(above, one, below, a_and_b_or_c), _mm512_set1_epi16((int16_t)0x8000));
+  store_as(p, _mm512_mask_add_epi16(above, up, above, one));
+#else
+  typedef uint16_t words __attribute__((vector_size(W * 4)));
+  const vu e = (vu)even, o = (vu)odd;
+#if defined(__AVX2__)
+  const words above = (words)_mm256_blend_epi16((__m256i)(e >> 16), (__m256i)o, 0xaa);
+  const words below = (words)_mm256_blend_epi16((__m256i)e, (__m256i)(o << 16), 0xaa);
+  const words less = (words)_mm256_subs_epu16((__m256i)below, (__m256i)(~above & 1));
+#else
+  const words above = (words)((e >> 16) | (o & 0xffff0000u));
+  const words below = (words)((e & 0xffffu) | (o << 16));
+#if defined(__SSE2__)
+  const words less = (words)_mm_subs_epu16((__m128i)below, (__m128i)(~above & 1));
+#else
+  const words even_number = ~above & 1, less = below - (even_number & (words)(below != 0) & 1);
 #endif
+#endif
+  store_as(p, above + (less >> 15));
+#endif
+}
 
 /// `n` floats (a multiple of 2 W) brought into the order of load_pair.
 template <class S>

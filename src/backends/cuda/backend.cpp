@@ -127,6 +127,7 @@ class CudaBackend final : public Backend {
 
   std::string unsupported_reason(const Problem& problem) const override {
     const Config& config = problem.config;
+    if (problem.window) return "replay windows are not implemented";
     if (config.key_dim > max_key_dim)
       return "K = " + std::to_string(config.key_dim) + " is larger than " + std::to_string(max_key_dim);
     const std::int64_t slice_rows = rows_of_slice(config.key_dim, config.value_dim);

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime_api.h>
 
-#include "verify/memory.hpp"
+#include <string>
 
-namespace gatedelta::verify {
+#include "device/memory.hpp"
+#include "gatedelta/error.hpp"
+
+namespace gatedelta::device {
 namespace {
 
 void require(cudaError_t status, const char* what) {
@@ -12,7 +15,7 @@ void require(cudaError_t status, const char* what) {
                 std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-/// Memory of the first device. Copies wait for the default stream, on which the tests run.
+/// Memory of the first device. Copies wait for the default stream, on which tests and tools run.
 class CudaMemory final : public Memory {
  public:
   Device device() const override { return {DeviceType::cuda, 0}; }
@@ -37,4 +40,27 @@ Memory& cuda_memory() {
   return memory;
 }
 
-}  // namespace gatedelta::verify
+std::vector<CudaDevice> cuda_devices() {
+  std::vector<CudaDevice> out;
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    (void)cudaGetLastError();  // the backend says why there is none
+    return out;
+  }
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties{};
+    require(cudaGetDeviceProperties(&properties, i), "cudaGetDeviceProperties");
+    out.push_back(
+        {properties.name, properties.major, properties.minor, properties.multiProcessorCount, properties.totalGlobalMem});
+  }
+  return out;
+}
+
+CudaVersions cuda_versions() {
+  CudaVersions out;
+  require(cudaDriverGetVersion(&out.driver), "cudaDriverGetVersion");
+  require(cudaRuntimeGetVersion(&out.runtime), "cudaRuntimeGetVersion");
+  return out;
+}
+
+}  // namespace gatedelta::device

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Signatures and docstrings of the Python functions; type stubs are generated from them.
+namespace gatedelta::python {
+
+inline constexpr const char* forward_signature =
+    "def forward(q: Array, k: Array, v: Array, o: Array | None = None, *, a: Array | None = None, A_log: Array | None = None, "
+    "dt_bias: Array | None = None, g: Array | None = None, b: Array | None = None, beta: Array | None = None, "
+    "state: Array | None = None, read_slots: Array | None = None, write_slots: Array | None = None, "
+    "token_slots: Array | None = None, accepted: Array | None = None, state_in: Array | None = None, "
+    "state_out: Array | bool | None = None, snapshots: Array | bool | None = None, cu_seqlens: Array | None = None, "
+    "update_state: bool = True, scale: float | None = None, qk_l2norm: bool = True, l2_eps: float = 1e-6, "
+    "softplus_beta: float = 1.0, softplus_threshold: float = 20.0, negative_eigenvalues: bool = False, null_slot: int = -1, "
+    "num_threads: int = 0, backend: str | None = None, stream: int | None = None) -> Any";
+
+inline constexpr const char* forward_doc = R"(The gated delta rule over the tokens of a batch.
+
+For each sequence, token and head, with a state S of V x K:
+
+    q^ = q / sqrt(sum q^2 + l2_eps)     k^ = k / sqrt(sum k^2 + l2_eps)    (if qk_l2norm)
+    g  = -exp(A_log) * softplus(a + dt_bias)                               (if a is given)
+    beta = sigmoid(b), twice that with negative_eigenvalues                (if b is given)
+    S <- exp(g) S;   u = beta (v - S k^);   S <- S + u k^T;   o = scale * S q^
+
+All arrays are on one device and may have any strides; none is copied. H = max(HQ, HK, HV), and head h reads query head
+h // (H/HQ), and so on. Floating arrays are float32, float16 or bfloat16, each as it likes; indices are int32 or int64.
+
+Tensors:
+    q, k, v       [B,T,HQ,K], [B,T,HK,K], [B,T,HV,V]
+    o             [B,T,H,V], written; a new array with the dtype of v where it is left out
+    a, A_log, dt_bias   [B,T,H], [H], [H]: the raw gate (dt_bias optional); or
+    g             [B,T,H]: the natural logarithm of the decay; neither a nor g: no decay
+    b             [B,T,H]: logits of beta; or beta [B,T,H]: its values; neither: 1
+    state         [slots,H,V,K]: a pool, read and written in place. For storage [slots,H,K,V] pass the transposed view
+    read_slots    [N]: the pool slot of each row; row n has slot n where it is left out
+    write_slots   [N]: where the last state goes; the slot that was read where it is left out
+    token_slots   [N,S], S >= T: the state after token t goes to slot token_slots[n,t], and then the last one to
+                  write_slots only where those are given
+    accepted      [N] int32, 1..S, instead of read_slots: row n starts from slot token_slots[n, accepted[n]-1]
+    state_in      [N,H,V,K], instead of a pool; no state at all is a zero state
+    state_out     [N,H,V,K], written, or True for a new array (dtype of state_in, else float32)
+    snapshots     [N,>=T,H,V,K], written: the state after each token; or True for a new array (dtype of the state, else float32)
+    cu_seqlens    [N+1]: sequence n is tokens cu_seqlens[n] to cu_seqlens[n+1]-1 of the one batch row (B = 1). Otherwise N = B
+
+Options:
+    update_state  False: the pool is only read
+    scale         1/sqrt(K) where it is None
+    null_slot     a slot <= null_slot is padding: zeros in o, nothing else of the row is read or written
+    num_threads   of the host backends; 0: OpenMP's own number
+    backend       a name from backends(), or "auto"; None: the environment variable GATEDELTA_BACKEND, or else auto
+    stream        a cudaStream_t as an integer; None: the current stream of the arrays' library
+
+Returns o, or (o, state_out), (o, snapshots), (o, state_out, snapshots) where these are asked for by True.
+
+Host arrays: the work is done on return. CUDA arrays: it is enqueued on the stream; bad slots become an error in check(). The
+GIL is released. JAX arrays cannot be changed, so that o, state_out and snapshots are always new and `state` needs
+update_state=False; JAX on CUDA waits for the result. Not differentiable.
+
+Raises InvalidArgument, Unsupported, OutOfMemory or DeviceError, all of them Error.)";
+
+inline constexpr const char* commit_signature =
+    "def commit(snapshots: Array, accepted: Array, state: Array, write_slots: Array, *, null_slot: int = -1, "
+    "backend: str | None = None, stream: int | None = None) -> None";
+
+inline constexpr const char* commit_doc =
+    R"(Ends a speculative step: state[write_slots[n]] = snapshots[n, accepted[n]-1].
+
+    snapshots     [N,S,H,V,K], as forward() has written them
+    accepted      [N] int32, 1..S
+    state         [slots,H,V,K], written
+    write_slots   [N] int32 or int64; a slot <= null_slot skips the row)";
+
+inline constexpr const char* check_signature = "def check(array: Array, *, stream: int | None = None) -> None";
+
+inline constexpr const char* check_doc =
+    R"(Waits for the stream (of the library and device of `array`) and raises DeviceError if a kernel met a bad slot, count or
+sequence since the last check. Host backends raise at the call itself.)";
+
+}  // namespace gatedelta::python

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "forward.hpp"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string_view.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "arrays.hpp"
+#include "docs.hpp"
+#include "gatedelta/gatedelta.hpp"
+
+#ifdef GATEDELTA_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace gatedelta::python {
+namespace {
+
+using Name = std::optional<std::string_view>;
+using Stream = std::optional<std::uintptr_t>;
+
+std::string shape_text(const TensorView& view) {
+  std::string out = "[";
+  for (int i = 0; i < view.rank; ++i) out += (i ? ", " : "") + std::to_string(view.shape[i]);
+  return out + "]";
+}
+
+/// The configuration is read off shapes, so these must have their dimensions.
+void require_rank(const char* name, const TensorView& view, int rank, const char* expected) {
+  if (view.rank != rank)
+    throw Error(ErrorCode::invalid_argument,
+                std::string(name) + ": expected " + expected + ", got " + (view.defined() ? shape_text(view) : "nothing"));
+}
+
+void* stream_for(Arrays& arrays, nb::handle like, Device device, const Stream& given) {
+  return given ? reinterpret_cast<void*>(*given) : arrays.stream(like, device);
+}
+
+/// Makes a CUDA device current for a scope, as Backend::check expects.
+class CurrentDevice {
+ public:
+#ifdef GATEDELTA_CUDA
+  explicit CurrentDevice(Device device) {
+    changed_ = device.type == DeviceType::cuda && cudaGetDevice(&before_) == cudaSuccess && before_ != device.index &&
+               cudaSetDevice(device.index) == cudaSuccess;
+  }
+  ~CurrentDevice() {
+    if (changed_) (void)cudaSetDevice(before_);
+  }
+#else
+  explicit CurrentDevice(Device) {}
+#endif
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  [[maybe_unused]] int before_ = 0;
+  [[maybe_unused]] bool changed_ = false;
+};
+
+/// Waits for the stream and raises what the device's backends met on it.
+void check_all(Device device, void* stream) {
+  const CurrentDevice current(device);
+  for (Backend* backend : backends())
+    if (backend->reaches(device) && backend->availability().available) backend->synchronize(stream);
+}
+
+/// state_out and snapshots: None, an array, or True for a new one, which is then a result.
+struct Output {
+  nb::object array;
+  bool asked = false;
+  Output(nb::object given) : array(std::move(given)), asked(array.is(Py_True)) {
+    if (array.is(Py_False)) array = nb::none();
+  }
+};
+
+nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::handle a, nb::handle A_log, nb::handle dt_bias,
+                   nb::handle g, nb::handle b, nb::handle beta, nb::handle state, nb::handle read_slots, nb::handle write_slots,
+                   nb::handle token_slots, nb::handle accepted, nb::handle state_in, nb::object state_out_given,
+                   nb::object snapshots_given, nb::handle cu_seqlens, bool update_state, std::optional<double> scale,
+                   bool qk_l2norm, double l2_eps, double softplus_beta, double softplus_threshold, bool negative_eigenvalues,
+                   std::int64_t null_slot, int num_threads, Name backend, Stream stream) {
+  Arrays arrays;
+  Output state_out(std::move(state_out_given)), snapshots(std::move(snapshots_given));
+  Arguments in;
+  in.q = arrays.read("q", q), in.k = arrays.read("k", k), in.v = arrays.read("v", v);
+  require_rank("q", in.q, 4, "[B, T, HQ, K]");
+  require_rank("k", in.k, 4, "[B, T, HK, K]");
+  require_rank("v", in.v, 4, "[B, T, HV, V]");
+  in.a = arrays.read("a", a), in.A_log = arrays.read("A_log", A_log), in.dt_bias = arrays.read("dt_bias", dt_bias);
+  in.g = arrays.read("g", g), in.b = arrays.read("b", b), in.beta = arrays.read("beta", beta);
+  in.state = update_state ? arrays.write("state", state) : arrays.read("state", state);
+  in.read_slots = arrays.read("read_slots", read_slots), in.write_slots = arrays.read("write_slots", write_slots);
+  in.token_slots = arrays.read("token_slots", token_slots), in.accepted = arrays.read("accepted", accepted);
+  in.state_in = arrays.read("state_in", state_in);
+  in.cu_seqlens = arrays.read("cu_seqlens", cu_seqlens);
+  in.update_state = update_state;
+
+  Config config;
+  config.q_heads = in.q.shape[2], config.k_heads = in.k.shape[2], config.v_heads = in.v.shape[2];
+  config.key_dim = in.q.shape[3], config.value_dim = in.v.shape[3];
+  config.gate = in.a.defined() ? GateForm::raw : in.g.defined() ? GateForm::log_decay : GateForm::none;
+  config.beta = in.b.defined() ? (negative_eigenvalues ? BetaForm::twice_logits : BetaForm::logits)
+                               : (in.beta.defined() ? BetaForm::value : BetaForm::one);
+  config.qk_l2norm = qk_l2norm, config.l2_eps = l2_eps, config.scale = scale;
+  config.softplus_beta = softplus_beta, config.softplus_threshold = softplus_threshold;
+  config.null_slot = null_slot, config.num_threads = num_threads;
+
+  const std::int64_t rows = in.cu_seqlens.defined() ? std::max<std::int64_t>(in.cu_seqlens.shape[0] - 1, 0) : in.q.shape[0];
+  const std::int64_t heads = config.heads(), tokens = in.q.shape[1];
+  const bool new_o = o.is_none();
+  if (new_o)
+    o = arrays.allocate("o", q, v, {in.q.shape[0], tokens, heads, config.value_dim}, in.o);
+  else
+    in.o = arrays.write("o", o);
+  // A new state or snapshot has the dtype of the state that is given.
+  const nb::handle like = in.state_in.defined() ? state_in : in.state.defined() ? state : nb::handle();
+  if (state_out.asked)
+    state_out.array = arrays.allocate("state_out", q, like, {rows, heads, config.value_dim, config.key_dim}, in.state_out);
+  else
+    in.state_out = arrays.write("state_out", state_out.array);
+  if (snapshots.asked)
+    snapshots.array =
+        arrays.allocate("snapshots", q, like, {rows, tokens, heads, config.value_dim, config.key_dim}, in.snapshots);
+  else
+    in.snapshots = arrays.write("snapshots", snapshots.array);
+
+  DTypes& dtypes = config.dtypes;
+  const auto dtype = [](DType& out, const TensorView& first, const TensorView& second = {}) {
+    if (first.defined() || second.defined()) out = first.defined() ? first.dtype : second.dtype;
+  };
+  dtype(dtypes.q, in.q), dtype(dtypes.k, in.k), dtype(dtypes.v, in.v), dtype(dtypes.o, in.o);
+  dtype(dtypes.gate, in.a, in.g), dtype(dtypes.beta, in.b, in.beta);
+  dtype(dtypes.A_log, in.A_log), dtype(dtypes.dt_bias, in.dt_bias), dtype(dtypes.snapshots, in.snapshots);
+  dtype(dtypes.state, in.state, in.state_in.defined() ? in.state_in : in.state_out);
+
+  const GatedDeltaRule rule(config, backend.value_or(""));
+  in.stream = stream_for(arrays, q, in.q.device, stream);
+  bool wait = false;
+  if (in.q.device.type == DeviceType::cuda) {
+    in.workspace_size = rule.workspace_size(in);
+    if (in.workspace_size > 0) {
+      in.workspace = arrays.scratch(q, in.workspace_size);
+      // Its library hands it out again in the order of its current stream, which says nothing of another one.
+      wait = in.stream != arrays.stream(q, in.q.device);
+    }
+  }
+  {
+    const nb::gil_scoped_release others_run;
+    rule.forward(in);
+    if (wait || arrays.must_wait()) check_all(in.q.device, in.stream);
+  }
+  if (state_out.asked && snapshots.asked) return nb::make_tuple(o, state_out.array, snapshots.array);
+  if (state_out.asked) return nb::make_tuple(o, state_out.array);
+  if (snapshots.asked) return nb::make_tuple(o, snapshots.array);
+  return o;
+}
+
+void commit(nb::handle snapshots, nb::handle accepted, nb::handle state, nb::handle write_slots, std::int64_t null_slot,
+            Name backend, Stream stream) {
+  Arrays arrays;
+  CommitArguments in;
+  in.snapshots = arrays.read("snapshots", snapshots), in.accepted = arrays.read("accepted", accepted);
+  in.state = arrays.write("state", state), in.write_slots = arrays.read("write_slots", write_slots);
+  require_rank("snapshots", in.snapshots, 5, "[N, S, H, V, K]");
+  Config config;
+  config.q_heads = config.k_heads = config.v_heads = in.snapshots.shape[2];
+  config.value_dim = in.snapshots.shape[3], config.key_dim = in.snapshots.shape[4];
+  config.dtypes.snapshots = in.snapshots.dtype;
+  if (in.state.defined()) config.dtypes.state = in.state.dtype;
+  config.null_slot = null_slot;
+  const GatedDeltaRule rule(config, backend.value_or(""));
+  in.stream = stream_for(arrays, snapshots, in.snapshots.device, stream);
+  const nb::gil_scoped_release others_run;
+  rule.commit(in);
+  if (arrays.must_wait()) check_all(in.snapshots.device, in.stream);
+}
+
+void check(nb::handle array, Stream stream) {
+  Arrays arrays;
+  const Device device = arrays.read("array", array).device;
+  void* const queue = stream_for(arrays, array, device, stream);
+  const nb::gil_scoped_release others_run;
+  check_all(device, queue);
+}
+
+}  // namespace
+
+void define_operator(nb::module_& module) {
+  using nb::arg;
+  const auto optional = [](const char* name) { return arg(name).none() = nb::none(); };
+  module.def("forward", &forward, arg("q"), arg("k"), arg("v"), optional("o"), nb::kw_only(), optional("a"), optional("A_log"),
+             optional("dt_bias"), optional("g"), optional("b"), optional("beta"), optional("state"), optional("read_slots"),
+             optional("write_slots"), optional("token_slots"), optional("accepted"), optional("state_in"),
+             optional("state_out"), optional("snapshots"), optional("cu_seqlens"), arg("update_state") = true,
+             arg("scale") = nb::none(), arg("qk_l2norm") = true, arg("l2_eps") = 1e-6, arg("softplus_beta") = 1.0,
+             arg("softplus_threshold") = 20.0, arg("negative_eigenvalues") = false, arg("null_slot") = -1,
+             arg("num_threads") = 0, arg("backend") = nb::none(), arg("stream") = nb::none(), nb::sig(forward_signature),
+             forward_doc);
+  module.def("commit", &commit, arg("snapshots"), arg("accepted"), arg("state"), arg("write_slots"), nb::kw_only(),
+             arg("null_slot") = -1, arg("backend") = nb::none(), arg("stream") = nb::none(), nb::sig(commit_signature),
+             commit_doc);
+  module.def("check", &check, arg("array"), nb::kw_only(), arg("stream") = nb::none(), nb::sig(check_signature), check_doc);
+}
+
+}  // namespace gatedelta::python

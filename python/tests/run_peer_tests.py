@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the test files that FlashInfer and Flash Linear Attention publish for their gated delta rule functions against the
+drop-ins of gatedelta.compat, from a checkout of theirs; neither has to be installed. Needs a CUDA device, PyTorch and, for FLA,
+Triton and einops.
+
+    run_peer_tests.py flashinfer CHECKOUT [arguments of pytest]
+    run_peer_tests.py fla CHECKOUT [arguments of pytest]
+"""
+
+import importlib
+import pathlib
+import sys
+import types
+
+import pytest
+import torch
+
+
+def package(name, folder=None):
+    """A package of this name that consists of what is put into it, and of a folder's modules."""
+    module = types.ModuleType(name)
+    module.__path__ = [] if folder is None else [str(folder)]
+    sys.modules[name] = module
+    return module
+
+
+def prepare_flashinfer(checkout):
+    """The tests import these functions, a device query, and internal kernels, which they do without where there are none."""
+    from gatedelta.compat import flashinfer
+
+    root = package("flashinfer")
+    root.gdn_decode = sys.modules["flashinfer.gdn_decode"] = flashinfer
+    root.utils = package("flashinfer.utils")
+    root.utils.get_compute_capability = lambda device: torch.cuda.get_device_capability(device)
+    root.cute_dsl = package("flashinfer.cute_dsl")
+    root.cute_dsl.utils = package("flashinfer.cute_dsl.utils")
+    root.cute_dsl.utils.is_cute_dsl_arch_supported = lambda *_, **__: True
+    tests = checkout / "tests/gdn"
+    return [tests / "test_decode_delta_rule.py", tests / "test_decode_pretranspose_noncontiguous_pool.py",
+            tests / "test_decode_pretranspose_bf16_padded_pool.py"]  # fmt: skip
+
+
+def prepare_fla(checkout):
+    """The tests' references are FLA's own; only the two functions are replaced."""
+    from gatedelta.compat import fla
+
+    sys.path.insert(0, str(checkout))
+    package("fla", checkout / "fla").__version__ = "0"  # without its __init__, which imports models
+    package("fla.ops", checkout / "fla/ops")
+    operators = importlib.import_module("fla.ops.gated_delta_rule")
+    operators.chunk_gated_delta_rule = fla.chunk_gated_delta_rule
+    operators.fused_recurrent_gated_delta_rule = fla.fused_recurrent_gated_delta_rule
+    return [checkout / "tests/ops/test_gdn.py"]
+
+
+def main():
+    peers = {"flashinfer": prepare_flashinfer, "fla": prepare_fla}
+    if len(sys.argv) < 3 or sys.argv[1] not in peers:
+        raise SystemExit(__doc__.strip())
+    checkout = pathlib.Path(sys.argv[2]).resolve()
+    files = peers[sys.argv[1]](checkout)
+    missing = [str(file) for file in files if not file.exists()]
+    if missing:
+        raise SystemExit(f"there is no {missing[0]}")
+    # Their configuration files name plugins and options that are not needed here.
+    options = ["-c", "/dev/null", "--rootdir", str(checkout), "--confcutdir", str(files[0].parent), "-p", "no:cacheprovider",
+               "-q", "-rfEs", "--tb=line"]  # fmt: skip
+    raise SystemExit(pytest.main([*options, *map(str, files), *sys.argv[3:]]))
+
+
+if __name__ == "__main__":
+    main()

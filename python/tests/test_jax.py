@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+from reference import error, expected, inputs
+
+import gatedelta
+
+jax = pytest.importorskip("jax", reason="jax is not installed")
+
+
+def test_jax():
+    x = inputs()
+    arrays = {name: jax.numpy.asarray(array) for name, array in x.items()}
+    state = jax.numpy.ones((2, 4, 24, 16))
+    o, final = gatedelta.forward(**arrays, state_in=state, state_out=True)
+    outputs, states = expected(x, np.ones((2, 4, 24, 16)))
+    assert isinstance(o, jax.Array) and isinstance(final, jax.Array)
+    assert error(o, outputs) < 1e-6 and error(final, states[:, -1]) < 1e-6
+    assert np.all(np.asarray(state) == 1)
+    half = {name: array.astype(jax.numpy.bfloat16) for name, array in arrays.items()}
+    assert error(gatedelta.forward(**half), expected({n: np.asarray(a) for n, a in half.items()})[0]) < 4e-3
+
+
+def test_arrays_that_cannot_be_changed():
+    x = {name: jax.numpy.asarray(array) for name, array in inputs().items()}
+    with pytest.raises(gatedelta.InvalidArgument, match="state: is written, but jax arrays cannot be changed"):
+        gatedelta.forward(**x, state=jax.numpy.zeros((2, 4, 24, 16)))
+
+
+def test_results_have_memory_of_their_own():
+    x = {name: jax.numpy.asarray(array) for name, array in inputs().items()}
+    results = [gatedelta.forward(**{**x, "v": scale * x["v"]}) for scale in (1.0, 2.0, 3.0)]
+    for scale, o in zip((1.0, 2.0, 3.0), results):
+        assert error(o, scale * np.asarray(results[0])) < 1e-6
+    assert len({o.unsafe_buffer_pointer() for o in results}) == 3
+    assert not jax.numpy.zeros((2, 3, 4, 24)).any()
