@@ -26,8 +26,8 @@ void require(cudaError_t status, const char* what) {
 
 /// The devices as the process found them first.
 struct Devices {
-  std::vector<bool> usable;
-  std::string reason;  // why none is
+  std::vector<bool> usable, fast;  // fast: has machine code, not only the generic kernels' PTX
+  std::string reason;              // why none is
   std::string names;
 
   Devices() {
@@ -41,7 +41,9 @@ struct Devices {
     }
     for (int i = 0; i < count; ++i) {
       cudaDeviceProp properties{};
-      usable.push_back(cudaGetDeviceProperties(&properties, i) == cudaSuccess && properties.major >= lowest_compute_capability);
+      const bool known = cudaGetDeviceProperties(&properties, i) == cudaSuccess;
+      usable.push_back(known && properties.major >= lowest_compute_capability);
+      fast.push_back(usable.back() && (properties.major == 9 || properties.major == 10) && properties.minor == 0);
       if (usable.back()) names += (names.empty() ? "" : ", ") + std::string(properties.name);
     }
     if (names.empty()) reason = "no CUDA device of compute capability 9.0 or higher";
@@ -141,7 +143,9 @@ class CudaBackend final : public Backend {
     ForwardParams params = make_params(call);
     const CurrentDevice device(call.problem.device);
     params.fault = fault_record(call.problem.device.index);
-    require(launch_forward(make_plan(params), params, static_cast<cudaStream_t>(call.arguments->stream)), "launch");
+    const bool fast = devices().fast[static_cast<std::size_t>(call.problem.device.index)];
+    require(launch_forward(fast ? make_plan(params) : Plan{}, params, static_cast<cudaStream_t>(call.arguments->stream)),
+            "launch");
   }
 
   void commit(const Config& config, const CommitArguments& in) override {

@@ -8,10 +8,8 @@ namespace gatedelta::cuda {
 namespace {
 
 constexpr std::int64_t no_bound = INT64_MAX;
-constexpr std::int64_t max_grid_yz = 65535;
-constexpr std::size_t shared_without_asking = 48 * 1024;
 
-// Measured on an H200 with 16 query and 32 value heads and K = V = 128; bench/tune.cpp prints them.
+// Measured on an H200 with 16 query and 32 value heads and K = V = 128; the rows are limit over time, measured by trying all.
 constexpr Choice decode_16_bit[] = {
     {32, {2, 1, 4}}, {128, {4, 2, 8}}, {256, {8, 4, 16}}, {512, {8, 4, 32}}, {no_bound, {8, 1, 16}},
 };
@@ -54,57 +52,6 @@ bool pairs(const Tensor<std::int64_t, 4>& tensor) {
          std::all_of(tensor.strides, tensor.strides + 3, [](std::int64_t stride) { return stride % 2 == 0; });
 }
 
-int parts_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
-
-VerifyKernel verify_kernel(DType state, std::int64_t key_dim, bool value_last, int token_tile, bool keeps_float, bool common) {
-  switch (state) {
-    case DType::f32:
-      return verify_kernel_of<DType::f32>(key_dim, value_last, token_tile, keeps_float, common);
-    case DType::f16:
-      return verify_kernel_of<DType::f16>(key_dim, value_last, token_tile, keeps_float, common);
-    default:
-      return verify_kernel_of<DType::bf16>(key_dim, value_last, token_tile, keeps_float, common);
-  }
-}
-
-const void* decode_kernel(DType state, std::int64_t key_dim, bool value_last, int rows_a_lane, bool common) {
-  switch (state) {
-    case DType::f32:
-      return decode_kernel_of<DType::f32>(key_dim, value_last, rows_a_lane, common);
-    case DType::f16:
-      return decode_kernel_of<DType::f16>(key_dim, value_last, rows_a_lane, common);
-    default:
-      return decode_kernel_of<DType::bf16>(key_dim, value_last, rows_a_lane, common);
-  }
-}
-
-struct Launch {
-  const void* function = nullptr;
-  dim3 grid;
-  unsigned threads = 0;
-  std::size_t shared_bytes = 0;
-};
-
-cudaError_t launch(const Launch& what, bool dependent, void* params, cudaStream_t stream) {
-  if (what.shared_bytes > shared_without_asking) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(what.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(what.shared_bytes));
-    if (status != cudaSuccess) return status;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = what.grid;
-  config.blockDim = dim3(what.threads);
-  config.dynamicSmemBytes = what.shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
-  void* arguments[] = {params};
-  return cudaLaunchKernelExC(&config, what.function, arguments);
-}
-
 }  // namespace
 
 Choices choices(Kernel kernel, DType state, bool value_last, bool keeps_float) {
@@ -145,51 +92,6 @@ Plan make_plan(const ForwardParams& p) {
   const Choices rows = choices(plan.kernel, p.state_dtype, plan.value_last, plan.keeps_float);
   plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
   return plan;
-}
-
-cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaStream_t stream) {
-  // Behind the last row of cu_seqlens there are the blocks of the tokens of no sequence.
-  const std::int64_t rows = params.rows + (params.cu_seqlens.data != nullptr ? 1 : 0);
-  if (rows == 0) return cudaSuccess;
-  Launch what;
-  FastParams p{};
-  if (plan.kernel == Kernel::generic || !narrow(params, p)) {
-    what.function = generic_kernel();
-    what.threads = 256;
-    what.grid = dim3(static_cast<unsigned>(rows * params.heads * params.slices));
-    what.shared_bytes = static_cast<std::size_t>((params.slice_rows + 2) * params.key_dim) * sizeof(float);
-    return launch(what, params.dependent, const_cast<ForwardParams*>(&params), stream);
-  }
-  std::int64_t slice = 0;
-  if (plan.kernel == Kernel::decode) {
-    const std::int64_t width = static_cast<std::int64_t>(16 / size_of(p.state_dtype));
-    what.function = decode_kernel(p.state_dtype, p.key_dim, plan.value_last, plan.shape.rows_a_lane, plan.common);
-    what.threads = 32 * static_cast<unsigned>(plan.shape.warps);
-    slice = plan.value_last ? (p.key_dim <= 128 ? 4 : 2) * width
-                            : plan.shape.rows_a_lane * std::max<std::int64_t>(1, 32 * width / p.key_dim);
-    what.shared_bytes = static_cast<std::size_t>(decode_stages(plan.value_last)) *
-                        static_cast<std::size_t>(plan.shape.warps * slice * p.key_dim) * size_of(p.state_dtype);
-  } else {
-    const VerifyKernel kernel =
-        verify_kernel(p.state_dtype, p.key_dim, plan.value_last, plan.token_tile, plan.keeps_float, plan.common);
-    what.function = kernel.function;
-    what.threads = 32;
-    slice = kernel.warp_rows;
-    p.parts = std::max(parts_of(p.q.dtype), parts_of(p.k.dtype));
-    what.shared_bytes = kernel.tile_bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
-    if (p.store_tokens || p.snapshots.data != nullptr)
-      what.shared_bytes += static_cast<std::size_t>(plan.token_tile * slice) * sizeof(float);
-  }
-  p.span = static_cast<std::uint32_t>((plan.shape.span + slice - 1) / slice * slice);
-  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * (what.threads / 32);
-  what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows), static_cast<unsigned>(p.heads));
-  for (std::int64_t first = 0; first < rows; first += max_grid_yz) {
-    p.first_row = static_cast<std::uint32_t>(first);
-    what.grid.z = static_cast<unsigned>(std::min(rows - first, max_grid_yz));
-    const cudaError_t status = launch(what, p.dependent, &p, stream);
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
 }
 
 }  // namespace gatedelta::cuda

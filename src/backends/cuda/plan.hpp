@@ -6,6 +6,8 @@
 // Which kernel runs a call, and how it is cut into blocks.
 namespace gatedelta::cuda {
 
+constexpr std::int64_t max_grid_yz = 65535;
+
 enum class Kernel : std::uint8_t { generic, decode, verify };
 
 /// How a fast kernel is cut into blocks.

@@ -52,7 +52,8 @@ class TokenTile {
 
   /// Fetches `count` tokens from `first` of a row and works out their coefficients. One warp; the memory is its own.
   __device__ void load(unsigned batch, unsigned first, int count, unsigned h, int lane) {
-    constexpr int pieces = key_dim / 8, turns = token_tile * pieces / 32, batch_turns = turns < 2 ? turns : 2;
+    constexpr int pieces = key_dim / 8, turns = token_tile * pieces / 32;
+    constexpr int batch_turns = key_dim == 128 && token_tile == 8 ? 2 : 1;
     const DType k_dtype = common ? DType::bf16 : p_.k.dtype, q_dtype = common ? DType::bf16 : p_.q.dtype;
     const bool vector_keys = common || p_.vector_keys;
     const int k_along = vector_keys ? 1 : p_.k.strides[3], q_along = vector_keys ? 1 : p_.q.strides[3];

@@ -17,7 +17,7 @@ namespace gatedelta::cuda {
 
 /// Blocks that a multiprocessor shall have room for; 0: as it comes.
 constexpr int verify_blocks(int key_dim, int token_tile, bool keeps_float) {
-  return !keeps_float && key_dim <= 128 && token_tile == 8 ? 12 : 1;
+  return !keeps_float && key_dim == 128 && token_tile == 8 ? 12 : 1;
 }
 
 /// Two neighbouring values of v. `common`: bfloat16 and together in memory.

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernel of the cuda backend a call gets, and how it is cut. Needs no GPU: nothing is launched and no memory is touched.
+#include "backends/cuda/plan.hpp"
+
+#include <doctest/doctest.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "gatedelta/gatedelta.hpp"
+
+using namespace gatedelta;
+using namespace gatedelta::cuda;
+
+namespace {
+
+constexpr Device gpu{DeviceType::cuda, 0};
+
+struct Form {
+  std::int64_t rows = 4, tokens = 1, key_dim = 128, value_dim = 128;
+  DType state = DType::bf16, activations = DType::bf16;
+  bool value_last = false, snapshots = false, variable = false;
+  std::int64_t misaligned = 0;  ///< elements that the state begins behind an aligned address
+};
+
+/// Views of addresses that nothing lies at.
+class Memory {
+ public:
+  TensorView make(DType dtype, const std::vector<std::int64_t>& shape, std::int64_t elements = 0) {
+    next_ += 1 << 30;
+    return make_view(reinterpret_cast<void*>(next_ + elements * static_cast<std::int64_t>(size_of(dtype))), dtype, shape, {}, gpu);
+  }
+
+ private:
+  std::int64_t next_ = 0;
+};
+
+Plan plan_of(const Form& form) {
+  Config config{.q_heads = 16, .k_heads = 16, .v_heads = 32, .key_dim = form.key_dim, .value_dim = form.value_dim};
+  DTypes& d = config.dtypes;
+  d.q = d.k = d.v = d.o = d.gate = d.beta = form.activations;
+  d.state = d.snapshots = form.state;
+  Memory memory;
+  Arguments in;
+  const std::int64_t B = form.variable ? 1 : form.rows, T = form.tokens;
+  in.q = memory.make(d.q, {B, T, 16, form.key_dim}), in.k = memory.make(d.k, {B, T, 16, form.key_dim});
+  in.v = memory.make(d.v, {B, T, 32, form.value_dim}), in.o = memory.make(d.o, {B, T, 32, form.value_dim});
+  in.a = memory.make(d.gate, {B, T, 32}), in.b = memory.make(d.beta, {B, T, 32});
+  in.A_log = memory.make(d.A_log, {32});
+  in.state = form.value_last
+                 ? memory.make(d.state, {1000, 32, form.key_dim, form.value_dim}, form.misaligned).transposed(2, 3)
+                 : memory.make(d.state, {1000, 32, form.value_dim, form.key_dim}, form.misaligned);
+  in.read_slots = memory.make(DType::i32, {form.rows});
+  if (form.variable) in.cu_seqlens = memory.make(DType::i32, {form.rows + 1});
+  if (form.snapshots) in.snapshots = memory.make(d.snapshots, {form.rows, T, 32, form.value_dim, form.key_dim});
+  return make_plan(make_params(validate(config, in)));
+}
+
+}  // namespace
+
+TEST_CASE("the tables of launches are complete and ascend") {
+  for (const Kernel kernel : {Kernel::decode, Kernel::verify})
+    for (const DType state : {DType::f32, DType::f16, DType::bf16})
+      for (const bool value_last : {false, true})
+        for (const bool keeps_float : {false, true}) {
+          const Choices rows = choices(kernel, state, value_last, keeps_float);
+          REQUIRE(rows.begin < rows.end);
+          for (const Choice* row = rows.begin; row < rows.end; ++row) {
+            CHECK(row->shape.warps >= 1);
+            CHECK(row->shape.warps <= 4);
+            CHECK(row->shape.span >= 1);
+            if (kernel == Kernel::decode && !value_last) {
+              const int rows_a_lane = row->shape.rows_a_lane;
+              CHECK((rows_a_lane == 2 || rows_a_lane == 4 || rows_a_lane == 8));
+            }
+            if (row != rows.begin) CHECK(row->states > row[-1].states);
+          }
+          CHECK(rows.end[-1].states == INT64_MAX);
+        }
+}
+
+TEST_CASE("a call's form decides its kernel, the number of rows its shape alone") {
+  for (const std::int64_t key_dim : {64, 128, 256})
+    for (const DType state : {DType::f32, DType::f16, DType::bf16})
+      for (const bool value_last : {false, true})
+        for (const bool variable : {false, true})
+          for (const std::int64_t tokens : {1, 2, 8, 9, 16, 17, 100}) {
+            Form form{.tokens = tokens, .key_dim = key_dim, .state = state, .value_last = value_last, .variable = variable};
+            form.rows = 1;
+            const Plan one = plan_of(form);
+            CHECK(one.kernel == (tokens == 1 && !variable ? Kernel::decode : Kernel::verify));
+            CHECK(one.value_last == value_last);
+            CHECK(one.common);
+            for (const std::int64_t rows : {2, 7, 64, 512, 70000}) {
+              form.rows = rows;
+              const Plan many = plan_of(form);
+              CHECK(many.kernel == one.kernel);
+              CHECK(many.token_tile == one.token_tile);
+              CHECK(many.keeps_float == one.keeps_float);
+              CHECK(many.common == one.common);
+            }
+          }
+}
+
+TEST_CASE("sequences of one length are cut into the same turns whatever else the call has") {
+  for (const std::int64_t key_dim : {64, 128, 256})
+    for (const std::int64_t length : {1, 8, 9, 16, 17}) {
+      // Turns of the longest tile that any plan of such a call may have must not split a row that another plan does not split.
+      const Plan alone = plan_of({.rows = 1, .tokens = length, .key_dim = key_dim, .variable = true});
+      const Plan crowd = plan_of({.rows = 9, .tokens = length + 1000, .key_dim = key_dim, .variable = true});
+      const bool alone_once = length <= alone.token_tile, crowd_once = length <= crowd.token_tile;
+      CHECK(alone_once == crowd_once);
+      if (!alone_once) CHECK(alone.token_tile == crowd.token_tile);
+    }
+}
+
+TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
+  CHECK(plan_of({.misaligned = 1}).kernel == Kernel::generic);
+  CHECK(plan_of({.misaligned = 8}).kernel == Kernel::decode);
+  CHECK(plan_of({.key_dim = 100}).kernel == Kernel::generic);
+  CHECK(plan_of({.key_dim = 512}).kernel == Kernel::generic);
+  CHECK(plan_of({.value_dim = 100}).kernel == Kernel::generic);
+  CHECK(plan_of({.value_dim = 96}).kernel == Kernel::decode);
+  CHECK_FALSE(plan_of({.activations = DType::f16}).common);
+  CHECK(plan_of({.tokens = 4}).keeps_float == false);
+  CHECK(plan_of({.tokens = 4, .snapshots = true}).keeps_float);
+}
