@@ -57,12 +57,13 @@ std::vector<Block> blocks_of(const Arguments& call) {
 
 constexpr std::size_t alignment = 256;
 
-/// Places the copies one after the other, each aligned as its original. Returns the bytes of all.
+/// Places the copies one after the other, each aligned as its original. Returns the bytes of all, which depend on the tensors'
+/// sizes, not on where they are: calls of one shape need the same memory.
 std::size_t place(std::vector<Block>& blocks) {
   std::size_t bytes = 0;
   for (Block& block : blocks) {
     block.offset = bytes + reinterpret_cast<std::uintptr_t>(block.begin) % alignment;
-    bytes = (block.offset + static_cast<std::size_t>(block.end - block.begin) + alignment - 1) / alignment * alignment;
+    bytes += (static_cast<std::size_t>(block.end - block.begin) + 2 * alignment - 1) / alignment * alignment;
   }
   return bytes;
 }
