@@ -15,11 +15,6 @@
 // 8) and two neighbouring value rows, and the state's vectors are fragments as they come from memory.
 namespace gatedelta::cuda {
 
-/// Blocks that a multiprocessor shall have room for; 0: as it comes.
-constexpr int verify_blocks(int key_dim, int token_tile, bool keeps_float) {
-  return !keeps_float && key_dim == 128 && token_tile == 8 ? 12 : 1;
-}
-
 /// Two neighbouring values of v. `common`: bfloat16 and together in memory.
 template <bool common>
 struct ValuePair {
@@ -51,10 +46,11 @@ __device__ void store_pair(const Any& tensor, DType dtype, std::int64_t offset, 
   }
 }
 
-/// The corrections of a tile with their decay up to the last token, as fragments with value rows as their rows: sums of
-/// bfloat16 numbers.
-template <int halves, int groups, int parts>
+/// The corrections of a tile with their decay up to the last token, as fragments with value rows as their rows: sums of three
+/// bfloat16 numbers, which is all of a float32.
+template <int halves, int groups>
 struct Corrections {
+  static constexpr int parts = 3;
   Pair pairs[groups][parts][2] = {};
 
   template <class Tokens>
@@ -77,9 +73,9 @@ struct Corrections {
     }
   }
 
-  /// sum_j u_j k_j^T for run i of a lane's keys, pair by pair. `third`: whether the third part counts.
+  /// sum_j u_j k_j^T for run i of a lane's keys, pair by pair.
   template <int width, class Tokens>
-  __device__ void multiply(float (&d)[width / 2][4], const Tokens& tokens, int i, bool third, int lane) const {
+  __device__ void multiply(float (&d)[width / 2][4], const Tokens& tokens, int i, int lane) const {
 #pragma unroll
     for (int group = 0; group < groups; ++group)
 #pragma unroll 1
@@ -88,8 +84,7 @@ struct Corrections {
         const auto add = [&](float(&sum)[4], Pair key) {
           const Pair column = transposed(key);
           multiply_add(sum, a[0][0], a[0][1], a[1][0], a[1][1], column, column);
-          if constexpr (parts == 3)
-            if (third && b == 0) multiply_add(sum, a[2][0], a[2][1], 0, 0, column, 0);
+          if (b == 0) multiply_add(sum, a[2][0], a[2][1], 0, 0, column, 0);
         };
 #pragma unroll
         for (int j = 0; j < width / 2; j += 2) {
@@ -104,8 +99,7 @@ struct Corrections {
 /// `keeps_float`: the state stays in registers as float32 after its product with the keys, which several turns, and stores
 /// after each token, need. `common` as for decode_kernel.
 template <class State, int key_dim, bool value_last, int token_tile, bool keeps_float, bool common>
-__global__ void __launch_bounds__(32, verify_blocks(key_dim, token_tile, keeps_float))
-    verify_kernel(const __grid_constant__ FastParams p) {
+__global__ void __launch_bounds__(32) verify_kernel(const __grid_constant__ FastParams p) {
   using Tile = StateTile<State, key_dim, value_last, keeps_float>;
   using Tokens = TokenTile<key_dim, token_tile, Tile::width, common>;
   static_assert(keeps_float || (Tile::parts == 1 && !value_last));
@@ -333,13 +327,12 @@ __global__ void __launch_bounds__(32, verify_blocks(key_dim, token_tile, keeps_f
                           offset_of(p.snapshots, n, token, h), &p.snapshots.strides[3], s);
           }
         } else if (!last || row.final_slot >= 0) {
-          Corrections<halves, groups, 3> corrections;
+          Corrections<halves, groups> corrections;
           corrections.set(u, tokens, g);
-          const bool third = Tile::parts == 3 || row.tokens > token_tile;
 #pragma unroll
           for (int i = 0; i < runs; ++i) {
             float d[width / 2][4] = {};
-            corrections.template multiply<width>(d, tokens, i, third, lane);
+            corrections.template multiply<width>(d, tokens, i, lane);
 #pragma unroll
             for (int half = 0; half < halves; ++half)
 #pragma unroll
@@ -350,14 +343,14 @@ __global__ void __launch_bounds__(32, verify_blocks(key_dim, token_tile, keeps_f
           store_state([&](std::int64_t at, const auto& x) { store_as<State>(p.state_write.data, at, x); },
                       offset_of(p.state_write, row.final_slot, h), &p.state_write.strides[2], s);
       } else if (row.final_slot >= 0) {
-        Corrections<halves, groups, 2> corrections;
+        Corrections<halves, groups> corrections;
         corrections.set(u, tokens, g);
         const std::int64_t* const strides = &p.state_write.strides[2];
         const std::int64_t base = offset_of(p.state_write, row.final_slot, h) + lane_offset(strides, first_value);
 #pragma unroll
         for (int i = 0; i < runs; ++i) {
           float d[width / 2][4] = {};
-          corrections.template multiply<width>(d, tokens, i, false, lane);
+          corrections.template multiply<width>(d, tokens, i, lane);
 #pragma unroll
           for (int half = 0; half < halves; ++half) {
             float x[width];
