@@ -99,7 +99,7 @@ struct Corrections {
 /// `keeps_float`: the state stays in registers as float32 after its product with the keys, which several turns, and stores
 /// after each token, need. `common` as for decode_kernel.
 template <class State, int key_dim, bool value_last, int token_tile, bool keeps_float, bool common>
-__global__ void __launch_bounds__(32) verify_kernel(const __grid_constant__ FastParams p) {
+__global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ FastParams p) {
   using Tile = StateTile<State, key_dim, value_last, keeps_float>;
   using Tokens = TokenTile<key_dim, token_tile, Tile::width, common>;
   static_assert(keeps_float || (Tile::parts == 1 && !value_last));
