@@ -9,7 +9,7 @@ namespace {
 
 constexpr std::int64_t no_bound = INT64_MAX;
 
-// Measured on an H200 with 16 query and 32 value heads and K = V = 128; the rows are limit over time, measured by trying all.
+// Measured on an H200 with 16 query and 32 value heads and K = V = 128, by trying all of them.
 constexpr Choice decode_16_bit[] = {
     {32, {2, 1, 4}}, {128, {4, 2, 8}}, {256, {8, 4, 16}}, {512, {8, 4, 32}}, {no_bound, {8, 1, 16}},
 };
