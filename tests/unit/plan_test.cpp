@@ -28,7 +28,8 @@ class Memory {
  public:
   TensorView make(DType dtype, const std::vector<std::int64_t>& shape, std::int64_t elements = 0) {
     next_ += 1 << 30;
-    return make_view(reinterpret_cast<void*>(next_ + elements * static_cast<std::int64_t>(size_of(dtype))), dtype, shape, {}, gpu);
+    return make_view(reinterpret_cast<void*>(next_ + elements * static_cast<std::int64_t>(size_of(dtype))), dtype, shape, {},
+                     gpu);
   }
 
  private:
@@ -47,9 +48,8 @@ Plan plan_of(const Form& form) {
   in.v = memory.make(d.v, {B, T, 32, form.value_dim}), in.o = memory.make(d.o, {B, T, 32, form.value_dim});
   in.a = memory.make(d.gate, {B, T, 32}), in.b = memory.make(d.beta, {B, T, 32});
   in.A_log = memory.make(d.A_log, {32});
-  in.state = form.value_last
-                 ? memory.make(d.state, {1000, 32, form.key_dim, form.value_dim}, form.misaligned).transposed(2, 3)
-                 : memory.make(d.state, {1000, 32, form.value_dim, form.key_dim}, form.misaligned);
+  in.state = form.value_last ? memory.make(d.state, {1000, 32, form.key_dim, form.value_dim}, form.misaligned).transposed(2, 3)
+                             : memory.make(d.state, {1000, 32, form.value_dim, form.key_dim}, form.misaligned);
   in.read_slots = memory.make(DType::i32, {form.rows});
   if (form.variable) in.cu_seqlens = memory.make(DType::i32, {form.rows + 1});
   if (form.snapshots) in.snapshots = memory.make(d.snapshots, {form.rows, T, 32, form.value_dim, form.key_dim});
