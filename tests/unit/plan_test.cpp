@@ -59,15 +59,17 @@ Plan plan_of(const Form& form) {
 }  // namespace
 
 TEST_CASE("the tables of launches are complete and ascend") {
-  for (const Kernel kernel : {Kernel::decode, Kernel::verify})
+  for (const Kernel kernel : {Kernel::decode, Kernel::verify, Kernel::serving})
     for (const DType state : {DType::f32, DType::f16, DType::bf16})
       for (const bool value_last : {false, true})
-        for (const bool keeps_float : {false, true}) {
-          const Choices rows = choices(kernel, state, value_last, keeps_float);
+        for (const Stores stores : {Stores::none, Stores::last, Stores::each}) {
+          Plan plan;
+          plan.kernel = kernel, plan.value_last = value_last;
+          const Choices rows = choices(plan, state, stores);
           REQUIRE(rows.begin < rows.end);
           for (const Choice* row = rows.begin; row < rows.end; ++row) {
             CHECK(row->shape.warps >= 1);
-            CHECK(row->shape.warps <= 4);
+            CHECK(row->shape.warps <= (kernel == Kernel::verify ? 1 : 4));
             CHECK(row->shape.span >= 1);
             if (kernel == Kernel::decode && !value_last) {
               const int rows_a_lane = row->shape.rows_a_lane;
@@ -84,19 +86,20 @@ TEST_CASE("a call's form decides its kernel, the number of rows its shape alone"
     for (const DType state : {DType::f32, DType::f16, DType::bf16})
       for (const bool value_last : {false, true})
         for (const bool variable : {false, true})
-          for (const std::int64_t tokens : {1, 2, 8, 9, 16, 17, 100}) {
+          for (const std::int64_t tokens : {0, 1, 2, 4, 5, 8, 9, 16, 17, 100}) {
             Form form{.tokens = tokens, .key_dim = key_dim, .state = state, .value_last = value_last, .variable = variable};
             form.rows = 1;
             const Plan one = plan_of(form);
-            CHECK(one.kernel == (tokens == 1 && !variable ? Kernel::decode : Kernel::verify));
+            const bool serving = !variable && key_dim <= 128 && tokens >= (value_last ? 1 : 2) && tokens <= 8;
+            CHECK(one.kernel == (serving ? Kernel::serving : tokens == 1 && !variable ? Kernel::decode : Kernel::verify));
+            if (serving) CHECK(one.token_tile == (tokens == 1 ? 1 : tokens <= 4 ? 4 : 8));
             CHECK(one.value_last == value_last);
-            CHECK(one.common);
+            CHECK(one.common == !(one.kernel == Kernel::decode && value_last));
             for (const std::int64_t rows : {2, 7, 64, 512, 70000}) {
               form.rows = rows;
               const Plan many = plan_of(form);
               CHECK(many.kernel == one.kernel);
               CHECK(many.token_tile == one.token_tile);
-              CHECK(many.keeps_float == one.keeps_float);
               CHECK(many.common == one.common);
             }
           }
@@ -122,6 +125,6 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
   CHECK(plan_of({.value_dim = 100}).kernel == Kernel::generic);
   CHECK(plan_of({.value_dim = 96}).kernel == Kernel::decode);
   CHECK_FALSE(plan_of({.activations = DType::f16}).common);
-  CHECK(plan_of({.tokens = 4}).keeps_float == false);
-  CHECK(plan_of({.tokens = 4, .snapshots = true}).keeps_float);
+  CHECK(plan_of({.tokens = 4, .activations = DType::f16}).kernel == Kernel::verify);
+  CHECK(plan_of({.tokens = 4, .snapshots = true}).kernel == Kernel::serving);
 }

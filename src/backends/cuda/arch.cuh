@@ -5,7 +5,8 @@
 
 #include <cstdint>
 
-// The instructions that CUDA C++ has no function for (PTX ISA: mma.sync.m16n8k16, movmatrix, mul.wide).
+// The instructions that CUDA C++ has no function for (PTX ISA: mma.sync.m16n8k16 and m16n8k8, movmatrix, ldmatrix, stmatrix,
+// mul.wide).
 namespace gatedelta::cuda {
 
 /// Two bfloat16 values, the first in the lower half.
@@ -20,11 +21,44 @@ __device__ inline void multiply_add(float (&d)[4], Pair a0, Pair a1, Pair a2, Pa
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/// The same for a 16 x 8 matrix a and an 8 x 8 matrix b: a: (g; 2c, 2c+1), (g+8; 2c, 2c+1)     b: (2c, 2c+1; g)
+__device__ inline void multiply_add(float (&d)[4], Pair a0, Pair a1, Pair b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
 /// Transposes an 8 x 8 matrix of 16-bit elements, of which a lane has (g; 2c, 2c+1).
 __device__ inline std::uint32_t transposed(std::uint32_t x) {
   std::uint32_t out;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(x));
   return out;
+}
+
+/// Four 8 x 8 matrices of 16-bit elements in shared memory, transposed: lane 8 i + r has the address of row r of matrix i, 16
+/// bytes, and column g of matrix i is the lane's (2c, 2c+1; g) in word i.
+__device__ inline void load_transposed(std::uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+/// And back.
+__device__ inline void store_transposed(void* row, const std::uint32_t (&in)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+               :
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(row))), "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
+               : "memory");
+}
+
+/// Makes x unknown to the compiler, which then cannot work out ahead of a loop what follows from it and keep that in registers.
+__device__ inline void forget(std::uint32_t& x) { asm volatile("" : "+r"(x)); }
+
+/// Where the block's dynamic shared memory is, plus `offset`: found out once, not before each use.
+__device__ inline char* shared_address(void* shared, std::uint32_t offset) {
+  auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + offset;
+  forget(address);
+  return static_cast<char*>(__cvta_shared_to_generic(address));
 }
 
 /// One instruction, which a product of converted integers often is not.

@@ -7,33 +7,37 @@
 namespace gatedelta::cuda {
 namespace {
 
+template <int key_dim, bool value_last, int rows_a_lane, bool common>
+FastKernel describe() {
+  using Tile = DecodeTile<State, key_dim, value_last, rows_a_lane>;
+  void (*const kernel)(FastParams) = decode_kernel<State, key_dim, value_last, rows_a_lane, common>;
+  return {reinterpret_cast<const void*>(kernel), Tile::warp_rows, DecodeRing<Tile>::bytes, 0};
+}
+
 template <int key_dim, bool common>
-const void* find(bool value_last, int rows_a_lane) {
-  const auto pointer = [](void (*kernel)(FastParams)) { return reinterpret_cast<const void*>(kernel); };
-  if (value_last) return pointer(decode_kernel<State, key_dim, true, 1, common>);
-  switch (rows_a_lane) {
+FastKernel find(const Plan& plan) {
+  if (plan.value_last) return describe<key_dim, true, 1, false>();
+  switch (plan.shape.rows_a_lane) {
     case 2:
-      return pointer(decode_kernel<State, key_dim, false, 2, common>);
+      return describe<key_dim, false, 2, common>();
     case 4:
-      return pointer(decode_kernel<State, key_dim, false, 4, common>);
+      return describe<key_dim, false, 4, common>();
     case 8:
-      return pointer(decode_kernel<State, key_dim, false, 8, common>);
+      return describe<key_dim, false, 8, common>();
   }
-  return nullptr;
+  return {};
 }
 
 template <int key_dim>
-const void* find(bool value_last, int rows_a_lane, bool common) {
-  return common ? find<key_dim, true>(value_last, rows_a_lane) : find<key_dim, false>(value_last, rows_a_lane);
+FastKernel find(const Plan& plan) {
+  return plan.common ? find<key_dim, true>(plan) : find<key_dim, false>(plan);
 }
 
 }  // namespace
 
 template <>
-const void* decode_kernel_of<state_dtype>(std::int64_t key_dim, bool value_last, int rows_a_lane, bool common) {
-  return key_dim == 64    ? find<64>(value_last, rows_a_lane, common)
-         : key_dim == 128 ? find<128>(value_last, rows_a_lane, common)
-                          : find<256>(value_last, rows_a_lane, common);
+FastKernel decode_kernel_of<state_dtype>(const Plan& plan, std::int64_t key_dim) {
+  return key_dim == 64 ? find<64>(plan) : key_dim == 128 ? find<128>(plan) : find<256>(plan);
 }
 
 }  // namespace gatedelta::cuda

@@ -10,7 +10,7 @@
 //
 //     u = beta (v - d S k)     o = scale (d S q + u (k q))     S <- d S + u k^T         (d = exp(g)),
 //
-// so there is no shared memory and no barrier.
+// without a barrier: all of K is in one warp.
 namespace gatedelta::cuda {
 
 constexpr int decode_max_warps = 4;  ///< of a block
@@ -30,7 +30,7 @@ struct DecodeTile {
   static constexpr int vectors = rows * keys / width;
   /// A lane's keys are runs of `run` neighbours, key_lanes * run apart.
   static constexpr int run = value_last ? keys : width;
-  static constexpr unsigned stages = decode_stages(value_last);
+  static constexpr unsigned stages = value_last ? 1 : 2;  ///< slices that are under way ahead of their use
   static_assert(rows <= key_lanes);
 
   __device__ static unsigned key_lane(unsigned lane) { return value_last ? lane / value_lanes : lane % key_lanes; }
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const 
     raw_v.fetch(p.v, dtype_of(p.v), v_at);
   };
   RowSlots<common> slots;
-  slots.fetch(p, n);
+  slots.fetch(p, n, lane);
   extern __shared__ uint4 shared[];
   DecodeRing<Tile> ring(reinterpret_cast<char*>(shared) + threadIdx.x / 32 * DecodeRing<Tile>::bytes, lane);
   const unsigned span = span_end - span_begin;
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const 
     };
 #pragma unroll 1
     for (int i = 0; i < (common ? 1 : 2); ++i) {
-      const std::int64_t slot = i == 0 ? slots.final_slot : slots.token_slot;
+      const std::int32_t slot = i == 0 ? slots.final_slot : slots.token_slot;
       if (slot < 0) continue;
       const std::int64_t stride = Tile::template stride_of<common>(&p.state_write.strides[2]);
       State* const to = static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) +

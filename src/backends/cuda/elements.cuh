@@ -36,8 +36,9 @@ __device__ inline unsigned head_of(unsigned h, const Group& group) {
 }
 
 /// An element as it lies in memory. Loads and conversions are apart, so that many loads can be under way: a conversion waits.
+/// Halves of 16 bits, since two loads of which one happens would wait for each other if they had the same register.
 struct RawElement {
-  std::uint32_t bits = 0;
+  std::uint32_t low = 0, high = 0;
 
   template <class Any>
   __device__ void fetch(const Any& tensor, std::int64_t offset) {
@@ -45,12 +46,14 @@ struct RawElement {
   }
   template <class Any>
   __device__ void fetch(const Any& tensor, DType dtype, std::int64_t offset) {
-    if (dtype == DType::f32)
-      bits = static_cast<const std::uint32_t*>(tensor.data)[offset];
-    else
-      bits = static_cast<const std::uint16_t*>(tensor.data)[offset];
+    const bool is_float = dtype == DType::f32;
+    const auto* const at = static_cast<const std::uint16_t*>(tensor.data) + (offset << (is_float ? 1 : 0));
+    low = at[0];
+    if (is_float) high = at[1];
   }
-  __device__ float value(DType dtype) const {
+  __device__ std::uint32_t bits() const { return __byte_perm(low, high, 0x5410); }
+  __device__ float value(DType dtype) const { return value_of(bits(), dtype); }
+  __device__ static float value_of(std::uint32_t bits, DType dtype) {
     if (dtype == DType::f32) return __uint_as_float(bits);
     if (dtype == DType::f16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
     return __uint_as_float(bits << 16);

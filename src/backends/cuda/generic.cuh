@@ -14,10 +14,6 @@ __device__ inline double warp_sum(double value) {
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
   return value;
 }
-__device__ inline float warp_sum(float value) {
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
 
 /// q or k of one token, normalised in place. For all threads of a block together; begins and ends with a barrier.
 __device__ inline void normalise(float* vector, int K, double eps) {
@@ -32,7 +28,7 @@ __device__ inline void normalise(float* vector, int K, double eps) {
 
 __global__ void __launch_bounds__(block_threads) forward_kernel(const __grid_constant__ ForwardParams p) {
   extern __shared__ float memory[];
-  __shared__ float decay, beta;
+  __shared__ double decay, beta;
   const int K = static_cast<int>(p.key_dim), tid = static_cast<int>(threadIdx.x), lane = tid % 32;
   float* const S = memory;
   float* const q = S + p.slice_rows * K;
@@ -76,8 +72,8 @@ __global__ void __launch_bounds__(block_threads) forward_kernel(const __grid_con
     if (tid == 0) {
       GateInputs gates;
       gates.fetch(p, row.batch, token, h);
-      decay = static_cast<float>(exp(gates.log_decay<double>(p)));
-      beta = static_cast<float>(gates.beta<double>(p));
+      decay = exp(gates.log_decay<double>(p));
+      beta = gates.beta<double>(p);
     }
     if (p.l2norm) {
       normalise(q, K, p.l2_eps);
@@ -86,15 +82,14 @@ __global__ void __launch_bounds__(block_threads) forward_kernel(const __grid_con
     __syncthreads();
     for (int v = tid / 32; v < rows; v += block_threads / 32) {
       float* const s = S + v * K;
-      float recalled = 0, out = 0;
+      // One rounding a token: outputs can be small differences of what the state and a correction give.
+      double recalled = 0, out = 0;
+      for (int i = lane; i < K; i += 32) recalled += static_cast<double>(s[i]) * k[i];
+      const double u = beta * (load(p.v, row.batch, token, h / p.v_group.count, first_row + v) - decay * warp_sum(recalled));
       for (int i = lane; i < K; i += 32) {
-        s[i] *= decay;
-        recalled += s[i] * k[i];
-      }
-      const float u = beta * (load(p.v, row.batch, token, h / p.v_group.count, first_row + v) - warp_sum(recalled));
-      for (int i = lane; i < K; i += 32) {
-        s[i] += u * k[i];
-        out += s[i] * q[i];
+        const double next = decay * s[i] + u * k[i];
+        s[i] = static_cast<float>(next);
+        out += next * q[i];
       }
       out = warp_sum(out);
       if (lane == 0) store_at(p.o, offset_of(p.o, row.batch, token, h, first_row + v), static_cast<float>(p.scale * out));

@@ -10,25 +10,26 @@ constexpr std::size_t shared_without_asking = 48 * 1024;
 
 int parts_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
 
-VerifyKernel verify_kernel(DType state, std::int64_t key_dim, bool value_last, int token_tile, bool keeps_float, bool common) {
-  switch (state) {
-    case DType::f32:
-      return verify_kernel_of<DType::f32>(key_dim, value_last, token_tile, keeps_float, common);
-    case DType::f16:
-      return verify_kernel_of<DType::f16>(key_dim, value_last, token_tile, keeps_float, common);
+template <DType state>
+FastKernel kernel_of(const Plan& plan, std::int64_t key_dim) {
+  switch (plan.kernel) {
+    case Kernel::decode:
+      return decode_kernel_of<state>(plan, key_dim);
+    case Kernel::serving:
+      return serving_kernel_of<state>(plan, key_dim);
     default:
-      return verify_kernel_of<DType::bf16>(key_dim, value_last, token_tile, keeps_float, common);
+      return verify_kernel_of<state>(plan, key_dim);
   }
 }
 
-const void* decode_kernel(DType state, std::int64_t key_dim, bool value_last, int rows_a_lane, bool common) {
+FastKernel find_kernel(const Plan& plan, DType state, std::int64_t key_dim) {
   switch (state) {
     case DType::f32:
-      return decode_kernel_of<DType::f32>(key_dim, value_last, rows_a_lane, common);
+      return kernel_of<DType::f32>(plan, key_dim);
     case DType::f16:
-      return decode_kernel_of<DType::f16>(key_dim, value_last, rows_a_lane, common);
+      return kernel_of<DType::f16>(plan, key_dim);
     default:
-      return decode_kernel_of<DType::bf16>(key_dim, value_last, rows_a_lane, common);
+      return kernel_of<DType::bf16>(plan, key_dim);
   }
 }
 
@@ -74,28 +75,16 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
     what.shared_bytes = static_cast<std::size_t>((params.slice_rows + 2) * params.key_dim) * sizeof(float);
     return launch(what, params.dependent, const_cast<ForwardParams*>(&params), stream);
   }
-  std::int64_t slice = 0;
-  if (plan.kernel == Kernel::decode) {
-    const std::int64_t width = static_cast<std::int64_t>(16 / size_of(p.state_dtype));
-    what.function = decode_kernel(p.state_dtype, p.key_dim, plan.value_last, plan.shape.rows_a_lane, plan.common);
-    what.threads = 32 * static_cast<unsigned>(plan.shape.warps);
-    slice = plan.value_last ? (p.key_dim <= 128 ? 4 : 2) * width
-                            : plan.shape.rows_a_lane * std::max<std::int64_t>(1, 32 * width / p.key_dim);
-    what.shared_bytes = static_cast<std::size_t>(decode_stages(plan.value_last)) *
-                        static_cast<std::size_t>(plan.shape.warps * slice * p.key_dim) * size_of(p.state_dtype);
-  } else {
-    const VerifyKernel kernel =
-        verify_kernel(p.state_dtype, p.key_dim, plan.value_last, plan.token_tile, plan.keeps_float, plan.common);
-    what.function = kernel.function;
-    what.threads = 32;
-    slice = kernel.warp_rows;
-    p.parts = std::max(parts_of(p.q.dtype), parts_of(p.k.dtype));
-    what.shared_bytes = kernel.tile_bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
-    if (p.store_tokens || p.snapshots.data != nullptr)
-      what.shared_bytes += static_cast<std::size_t>(plan.token_tile * slice) * sizeof(float);
-  }
-  p.span = static_cast<std::uint32_t>((plan.shape.span + slice - 1) / slice * slice);
-  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * (what.threads / 32);
+  const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim);
+  p.parts = std::max(parts_of(p.q.dtype), parts_of(p.k.dtype));
+  std::size_t warp_bytes = kernel.bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
+  if (p.store_tokens || p.snapshots.data != nullptr) warp_bytes += kernel.each_bytes;
+  what.function = kernel.function;
+  what.threads = 32 * static_cast<unsigned>(plan.shape.warps);
+  what.shared_bytes = kernel.block_bytes + static_cast<std::size_t>(plan.shape.warps) * warp_bytes;
+  const int tiles = std::max((plan.shape.span + kernel.warp_rows - 1) / kernel.warp_rows, 1);
+  p.span = static_cast<std::uint32_t>(tiles * kernel.warp_rows);
+  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * plan.shape.warps;
   what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows), static_cast<unsigned>(p.heads));
   for (std::int64_t first = 0; first < rows; first += max_grid_yz) {
     p.first_row = static_cast<std::uint32_t>(first);

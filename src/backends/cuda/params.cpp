@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/params.hpp"
 
-#include <algorithm>
 #include <limits>
 
 #include "gatedelta/backend.hpp"
@@ -18,13 +17,6 @@ void set(Tensor<std::int64_t, rank>& out, const TensorView& view) {
   out.dtype = view.dtype;
   // What is never multiplied by anything but zero says nothing about alignment.
   for (int dim = 0; dim < rank; ++dim) out.strides[dim] = view.shape[dim] == 1 ? 0 : view.strides[dim];
-}
-
-/// Whether a key or query can be loaded in vectors of 8 elements, each in loads of 16 bytes.
-bool key_vectors(const Tensor<std::int64_t, 4>& tensor) {
-  const auto size = static_cast<std::int64_t>(size_of(tensor.dtype));
-  return tensor.strides[3] == 1 && reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0 &&
-         std::all_of(tensor.strides, tensor.strides + 3, [&](std::int64_t stride) { return stride * size % 16 == 0; });
 }
 
 Group group(std::int64_t count) {
@@ -74,7 +66,7 @@ ForwardParams make_params(const Call& call) {
   p.softplus_threshold = static_cast<float>(config.softplus_threshold);
   p.state_dtype = config.dtypes.state;
   p.gate_form = config.gate, p.beta_form = config.beta, p.l2norm = config.qk_l2norm;
-  p.vector_keys = key_vectors(p.q) && key_vectors(p.k), p.dependent = in.dependent_launch;
+  p.vector_keys = has_vectors(p.q, 3, 8) && has_vectors(p.k, 3, 8), p.dependent = in.dependent_launch;
   p.initial_state = problem.initial_state, p.store_final = problem.store_final, p.store_tokens = problem.store_tokens;
   return p;
 }
@@ -91,10 +83,11 @@ bool narrow(const ForwardParams& in, FastParams& out) {
   out.vector_keys = in.vector_keys, out.dependent = in.dependent;
   out.slots = in.slots, out.null_slot = in.null_slot, out.fault = in.fault, out.rows = in.rows, out.tokens = in.tokens;
   out.token_room = in.token_room, out.snapshot_room = in.snapshot_room;
-  return narrow(in.read_slots, out.read_slots) && narrow(in.write_slots, out.write_slots) && narrow(in.q, out.q) &&
-         narrow(in.k, out.k) && narrow(in.v, out.v) && narrow(in.o, out.o) && narrow(in.gate, out.gate) &&
-         narrow(in.beta, out.beta) && narrow(in.A_log, out.A_log) && narrow(in.dt_bias, out.dt_bias) &&
-         narrow(in.token_slots, out.token_slots) && narrow(in.accepted, out.accepted) && narrow(in.cu_seqlens, out.cu_seqlens);
+  return in.slots <= std::numeric_limits<std::int32_t>::max() && narrow(in.read_slots, out.read_slots) &&
+         narrow(in.write_slots, out.write_slots) && narrow(in.q, out.q) && narrow(in.k, out.k) && narrow(in.v, out.v) &&
+         narrow(in.o, out.o) && narrow(in.gate, out.gate) && narrow(in.beta, out.beta) && narrow(in.A_log, out.A_log) &&
+         narrow(in.dt_bias, out.dt_bias) && narrow(in.token_slots, out.token_slots) && narrow(in.accepted, out.accepted) &&
+         narrow(in.cu_seqlens, out.cu_seqlens);
 }
 
 CommitParams make_params(const Config& config, const CommitArguments& in) {

@@ -70,6 +70,17 @@ struct Params {
 using ForwardParams = Params<std::int64_t>;
 using FastParams = Params<std::int32_t>;
 
+/// Whether a tensor's elements along dimension `along` can be moved `width` at a time, in pieces of 16 bytes or all together if
+/// that is less.
+template <int rank>
+bool has_vectors(const Tensor<std::int64_t, rank>& tensor, int along, std::int64_t width) {
+  const auto size = static_cast<std::int64_t>(size_of(tensor.dtype)), bytes = width * size < 16 ? width * size : 16;
+  bool good =
+      tensor.strides[along] == 1 && reinterpret_cast<std::uintptr_t>(tensor.data) % static_cast<std::uintptr_t>(bytes) == 0;
+  for (int dim = 0; dim < rank; ++dim) good = good && (dim == along || tensor.strides[dim] * size % bytes == 0);
+  return good;
+}
+
 struct CommitParams {
   Tensor<std::int64_t, 5> snapshots;
   Tensor<std::int64_t, 4> state;
@@ -82,10 +93,6 @@ ForwardParams make_params(const Call& call);
 /// False where a stride does not fit.
 bool narrow(const ForwardParams& params, FastParams& out);
 CommitParams make_params(const Config& config, const CommitArguments& arguments);
-
-/// Slices of a warp that are under way ahead of their use.
-constexpr unsigned decode_stages(bool value_last) { return value_last ? 1 : 2; }
-constexpr int verify_stages = 2;
 
 /// Value rows of a block, from the sizes alone: results do not depend on the batch.
 constexpr std::int64_t max_key_dim = 3584;  ///< one row of the state, q and k fit into 48 KiB of shared memory

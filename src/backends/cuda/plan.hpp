@@ -8,21 +8,22 @@ namespace gatedelta::cuda {
 
 constexpr std::int64_t max_grid_yz = 65535;
 
-enum class Kernel : std::uint8_t { generic, decode, verify };
+enum class Kernel : std::uint8_t { generic, decode, verify, serving };
+/// Which states a call stores: that after a row's last token, or after each.
+enum class Stores : std::uint8_t { none, last, each };
 
 /// How a fast kernel is cut into blocks.
 struct Shape {
   int rows_a_lane = 0;  ///< decode, K-last: value rows of a lane
-  int warps = 0;        ///< decode: of a block
+  int warps = 0;        ///< of a block (verify: one)
   int span = 0;         ///< value rows of a warp, rounded up to what it has at a time
 };
 
 struct Plan {
   Kernel kernel = Kernel::generic;
   bool value_last = false;
-  int token_tile = 0;        ///< verify: tokens of a turn
-  bool keeps_float = false;  ///< verify: see verify.cuh
-  bool common = false;       ///< see decode.cuh
+  int token_tile = 0;   ///< verify: tokens of a turn; serving: at most
+  bool common = false;  ///< see the kernel
   Shape shape;
 };
 
@@ -36,7 +37,7 @@ struct Choices {
   const Choice* begin;
   const Choice* end;
 };
-Choices choices(Kernel kernel, DType state, bool value_last, bool keeps_float);
+Choices choices(const Plan& plan, DType state, Stores stores);
 
 /// From what the host knows of the call. The kernel, and so the bits of the result, depends on the form of the call and on
 /// T, but never on the number of rows; the shape may.
@@ -50,16 +51,21 @@ cudaError_t find_fault_record(Fault*& out);
 /// Reads the current device's fault record after everything on the stream, and clears it if there is a fault.
 cudaError_t take_fault(Fault& fault, cudaStream_t stream);
 
-// The device code, by state dtype.
-struct VerifyKernel {
+/// What the host has to know of a fast kernel to launch it; the tile that it is compiled for says so.
+struct FastKernel {
   const void* function = nullptr;
-  int warp_rows = 0;
-  std::size_t tile_bytes = 0, part_bytes = 0;  ///< of shared memory: fixed, and for each part of keys and queries
+  int warp_rows = 0;  ///< value rows that a warp has at a time
+  // Shared memory of a warp: in any case, for each part of keys and queries, and where states after each token are stored.
+  std::size_t bytes = 0, part_bytes = 0, each_bytes = 0;
+  std::size_t block_bytes = 0;  ///< of a block beside its warps
 };
+// The device code, by state dtype.
 template <DType state>
-const void* decode_kernel_of(std::int64_t key_dim, bool value_last, int rows_a_lane, bool common);
+FastKernel decode_kernel_of(const Plan& plan, std::int64_t key_dim);
 template <DType state>
-VerifyKernel verify_kernel_of(std::int64_t key_dim, bool value_last, int token_tile, bool keeps_float, bool common);
+FastKernel verify_kernel_of(const Plan& plan, std::int64_t key_dim);
+template <DType state>
+FastKernel serving_kernel_of(const Plan& plan, std::int64_t key_dim);
 const void* generic_kernel();
 
 }  // namespace gatedelta::cuda

@@ -6,9 +6,9 @@
 // What core/host_rows.hpp is for host memory: the index tensors of a call resolved, by each block for its own row.
 namespace gatedelta::cuda {
 
-/// Keeps the first fault since the last check. Out of line: it is rare.
-static __device__ __noinline__ void record(Fault* fault, FaultKind kind, std::int64_t row, std::int64_t value,
-                                           std::int64_t limit) {
+/// Keeps the first fault since the last check. Inline: around a call, all that is in registers would have to be saved.
+static __device__ __forceinline__ void record(Fault* fault, FaultKind kind, std::int64_t row, std::int64_t value,
+                                              std::int64_t limit) {
   if (atomicCAS(&fault->kind, 0, static_cast<int>(kind)) != 0) return;
   fault->row = row;
   fault->value = value;
@@ -98,27 +98,34 @@ __device__ std::int64_t source_slot(const P& p, unsigned n) {
   return index.slot(p, n);
 }
 
-/// The slots of a row of one token, for any thread alone. A row with a fault anywhere is padding.
-template <bool common>
+/// The slots of a row without cu_seqlens and with at most 32 tokens, for a warp. A row with a fault anywhere is padding. The
+/// fast kernels have less than 2^31 slots.
+template <bool common = false>
 struct RowSlots {
-  std::int64_t source = -1, final_slot = -1, token_slot = -1;
+  std::int32_t source = -1, final_slot = -1;
+  std::int32_t token_slot = -1;  ///< of token `lane`, or of the last one
 
   template <class P>
-  __device__ void fetch(const P& p, unsigned n) {
+  __device__ void fetch(const P& p, unsigned n, unsigned lane) {
     index_.fetch(p, n);
     if (p.store_final && p.write_slots.data != nullptr) write_.fetch(p.write_slots, n);
-    if (!common && p.store_tokens) token_.fetch(p.token_slots, n, 0u);
+    if (!common && p.store_tokens) token_.fetch(p.token_slots, n, min(lane, static_cast<unsigned>(p.tokens) - 1));
   }
   template <class P>
   __device__ void resolve(const P& p, unsigned n) {
-    source = index_.slot(p, n);
+    source = static_cast<std::int32_t>(index_.slot(p, n));
     if (source < 0) return;
     if (p.store_final)
-      final_slot = p.write_slots.data == nullptr
-                       ? source
-                       : checked_slot(p, FaultKind::write_slots, write_.value(p.write_slots.dtype), n);
-    if (!common && p.store_tokens) token_slot = checked_slot(p, FaultKind::token_slots, token_.value(p.token_slots.dtype), n);
-    if (final_slot == -2 || token_slot == -2) source = final_slot = token_slot = -1;
+      final_slot =
+          p.write_slots.data == nullptr
+              ? source
+              : static_cast<std::int32_t>(checked_slot(p, FaultKind::write_slots, write_.value(p.write_slots.dtype), n));
+    bool bad = final_slot == -2;
+    if (!common && p.store_tokens) {
+      token_slot = static_cast<std::int32_t>(checked_slot(p, FaultKind::token_slots, token_.value(p.token_slots.dtype), n));
+      bad = __any_sync(0xffffffffu, bad || token_slot == -2);
+    }
+    if (bad) source = final_slot = token_slot = -1;
   }
 
  private:

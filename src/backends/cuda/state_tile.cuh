@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <type_traits>
-
 #include "backends/cuda/arch.cuh"
 #include "backends/cuda/vectors.cuh"
 
@@ -12,14 +10,12 @@ namespace gatedelta::cuda {
 /// value rows, and all of K. With g = lane / 4 and c = lane % 4 a lane has one row of each half, and of it the keys width (c +
 /// 4i) ... width (c + 4i) + width - 1 for each run i. Matrix products do not care for the order of what they sum over, so a
 /// lane's pairs of neighbouring keys may come out of one vector of memory.
-template <class State, int key_dim, bool value_last, bool keeps_float>
+template <class State, int key_dim, bool value_last>
 struct StateTile {
   static constexpr int width = lanes_of<State>;
-  static constexpr int halves = key_dim == 256 && (keeps_float || value_last) ? 1 : 2;  ///< as registers allow
+  static constexpr int halves = key_dim == 256 ? 1 : 2;  ///< as registers allow
   static constexpr int warp_rows = 8 * halves;
   static constexpr int runs = key_dim / (4 * width);
-  /// As how many bfloat16 numbers an element of the state is kept.
-  static constexpr int parts = sizeof(State) == 4 ? 3 : std::is_same_v<State, __nv_bfloat16> ? 1 : 2;
   /// V-last: neighbouring lanes and the halves share a vector along V of this many elements.
   static constexpr int vector_values = 2 * halves;
   /// Between a lane's rows in the two halves.

@@ -17,18 +17,6 @@ namespace gatedelta::cuda {
 /// A decay of exp(-1e4) is zero, in float64 as well; unlike that of minus infinity its logarithm can be subtracted.
 constexpr float lowest_log_decay = -1e4f;
 
-/// The bfloat16 that x starts with, leaving the rest in x: three times for all of a float32.
-__device__ inline std::uint32_t take_upper(float& x) {
-  const std::uint32_t upper = __float_as_uint(x) & 0xffff0000u;
-  x -= __uint_as_float(upper);
-  return upper;
-}
-/// Of two numbers at once.
-__device__ inline Pair take_upper(float& low, float& high) {
-  const std::uint32_t first = take_upper(low);
-  return __byte_perm(first, take_upper(high), 0x7632);
-}
-
 /// A pair of a key and the same of a query, twice: the fragment of a product of 8 keys and 8 queries.
 struct KeyQuery {
   Pair key0, query0, key1, query1;

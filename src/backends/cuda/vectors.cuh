@@ -3,10 +3,18 @@
 
 #include <cuda_pipeline_primitives.h>
 
+#include <type_traits>
+
 #include "backends/cuda/elements.cuh"
 
-// 16 bytes of a tensor at a time.
+// Several elements of a tensor at a time, and copies of states ahead of their use.
 namespace gatedelta::cuda {
+
+/// As how many bfloat16 numbers an element of a state is kept.
+template <class State>
+constexpr int state_parts_of = sizeof(State) == 4                     ? 3
+                               : std::is_same_v<State, __nv_bfloat16> ? 1
+                                                                      : 2;
 
 /// Elements of a 16-byte vector.
 template <class Element>
@@ -30,6 +38,25 @@ __device__ inline std::uint32_t narrow(float low, float high, __half) {
   return *reinterpret_cast<const std::uint32_t*>(&two);
 }
 
+/// The bfloat16 that x starts with, leaving the rest in x: three times for all of a float32.
+__device__ inline std::uint32_t take_upper(float& x) {
+  const std::uint32_t upper = __float_as_uint(x) & 0xffff0000u;
+  x -= __uint_as_float(upper);
+  return upper;
+}
+/// Of two numbers at once.
+__device__ inline Pair take_upper(float& low, float& high) {
+  const std::uint32_t first = take_upper(low);
+  return __byte_perm(first, take_upper(high), 0x7632);
+}
+
+/// x and y as sums of three bfloat16 numbers each, exactly; part(i) is where pair i goes.
+template <class Part>
+__device__ __forceinline__ void split_in_three(float x, float y, Part part) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) part(i) = take_upper(x, y);
+}
+
 template <class Element>
 __device__ void unpack(const std::uint32_t (&words)[4], float (&out)[lanes_of<Element>]) {
 #pragma unroll
@@ -39,19 +66,6 @@ __device__ void unpack(const std::uint32_t (&words)[4], float (&out)[lanes_of<El
     else
       widen(words[i], out[2 * i], out[2 * i + 1], Element{});
   }
-}
-
-template <class Element>
-__device__ uint4 pack(const float (&in)[lanes_of<Element>]) {
-  std::uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(Element) == 4)
-      words[i] = __float_as_uint(in[i]);
-    else
-      words[i] = narrow(in[2 * i], in[2 * i + 1], Element{});
-  }
-  return {words[0], words[1], words[2], words[3]};
 }
 
 /// N neighbouring elements (4 or a multiple of 8) of a tensor as they lie in memory. With `vector` they are contiguous, and
@@ -67,7 +81,7 @@ struct RawRun {
       for (int i = 0; i < N; ++i) {
         RawElement element;
         element.fetch(tensor, dtype, offset + i * stride);
-        words[i] = element.bits;
+        words[i] = element.bits();
       }
     } else if (dtype == DType::f32) {
       fetch_words<N>(static_cast<const float*>(tensor.data) + offset);
@@ -79,7 +93,7 @@ struct RawRun {
   __device__ void widen_to(float (&out)[N], DType dtype, bool vector) const {
     if (!vector || dtype == DType::f32) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) out[i] = RawElement{words[i]}.value(dtype);
+      for (int i = 0; i < N; ++i) out[i] = RawElement::value_of(words[i], dtype);
     } else if (dtype == DType::f16) {
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) widen(words[i], out[2 * i], out[2 * i + 1], __half{});
@@ -145,23 +159,7 @@ class Ring {
   std::uint32_t* const memory_;
 };
 
-/// A number of words to or from memory that is not used again soon.
-template <int count>
-__device__ void load_words(const void* from, std::uint32_t* words) {
-  if constexpr (count == 1) {
-    words[0] = __ldcs(static_cast<const std::uint32_t*>(from));
-  } else if constexpr (count == 2) {
-    const uint2 vector = __ldcs(static_cast<const uint2*>(from));
-    words[0] = vector.x, words[1] = vector.y;
-  } else {
-    static_assert(count % 4 == 0);
-#pragma unroll
-    for (int i = 0; i < count; i += 4) {
-      const uint4 vector = __ldcs(static_cast<const uint4*>(from) + i / 4);
-      words[i] = vector.x, words[i + 1] = vector.y, words[i + 2] = vector.z, words[i + 3] = vector.w;
-    }
-  }
-}
+/// A number of words to memory that is not read again soon.
 template <int count>
 __device__ void store_words(void* to, const std::uint32_t* words) {
   if constexpr (count == 1) {

@@ -7,41 +7,35 @@
 namespace gatedelta::cuda {
 namespace {
 
-template <int key_dim, bool value_last, int token_tile, bool keeps_float, bool common>
-VerifyKernel describe() {
-  using Tile = StateTile<State, key_dim, value_last, keeps_float>;
+template <int key_dim, bool value_last, int token_tile, bool common>
+FastKernel describe() {
+  using Tile = StateTile<State, key_dim, value_last>;
   using Tokens = TokenTile<key_dim, token_tile, Tile::width, common>;
-  void (*const kernel)(FastParams) = verify_kernel<State, key_dim, value_last, token_tile, keeps_float, common>;
-  return {reinterpret_cast<const void*>(kernel), Tile::warp_rows,
-          Ring<Tile::vectors, Tile::words, verify_stages>::bytes + Tokens::bytes(0), Tokens::bytes(1) - Tokens::bytes(0)};
+  void (*const kernel)(FastParams) = verify_kernel<State, key_dim, value_last, token_tile, common>;
+  return {reinterpret_cast<const void*>(kernel), Tile::warp_rows, VerifyRing<Tile>::bytes + Tokens::bytes(0),
+          Tokens::bytes(1) - Tokens::bytes(0), sizeof(float) * token_tile * Tile::warp_rows};
 }
 
 template <int key_dim, int token_tile>
-VerifyKernel find(bool value_last, bool keeps_float, bool common) {
-  if (value_last) return describe<key_dim, true, token_tile, true, false>();
-  // Only a bfloat16 state need not be widened for its product with the keys.
-  if constexpr (state_dtype == DType::bf16)
-    if (!keeps_float && common) return describe<key_dim, false, token_tile, false, true>();
+FastKernel find(const Plan& plan) {
+  if (plan.value_last) return describe<key_dim, true, token_tile, false>();
   if constexpr (state_dtype != DType::f16)
-    if (common) return describe<key_dim, false, token_tile, true, true>();
-  return describe<key_dim, false, token_tile, true, false>();
+    if (plan.common) return describe<key_dim, false, token_tile, true>();
+  return describe<key_dim, false, token_tile, false>();
 }
 
 template <int key_dim>
-VerifyKernel find(bool value_last, int token_tile, bool keeps_float, bool common) {
+FastKernel find(const Plan& plan) {
   if constexpr (key_dim < 256)
-    if (token_tile == 16) return find<key_dim, 16>(value_last, keeps_float, common);
-  return find<key_dim, 8>(value_last, keeps_float, common);
+    if (plan.token_tile == 16) return find<key_dim, 16>(plan);
+  return find<key_dim, 8>(plan);
 }
 
 }  // namespace
 
 template <>
-VerifyKernel verify_kernel_of<state_dtype>(std::int64_t key_dim, bool value_last, int token_tile, bool keeps_float,
-                                           bool common) {
-  return key_dim == 64    ? find<64>(value_last, token_tile, keeps_float, common)
-         : key_dim == 128 ? find<128>(value_last, token_tile, keeps_float, common)
-                          : find<256>(value_last, token_tile, keeps_float, common);
+FastKernel verify_kernel_of<state_dtype>(const Plan& plan, std::int64_t key_dim) {
+  return key_dim == 64 ? find<64>(plan) : key_dim == 128 ? find<128>(plan) : find<256>(plan);
 }
 
 }  // namespace gatedelta::cuda

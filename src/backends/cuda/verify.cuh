@@ -15,6 +15,10 @@
 // 8) and two neighbouring value rows, and the state's vectors are fragments as they come from memory.
 namespace gatedelta::cuda {
 
+constexpr int verify_stages = 2;  ///< tiles that are under way ahead of their use
+template <class Tile>
+using VerifyRing = Ring<Tile::vectors, Tile::words, verify_stages>;
+
 /// Two neighbouring values of v. `common`: bfloat16 and together in memory.
 template <bool common>
 struct ValuePair {
@@ -23,7 +27,7 @@ struct ValuePair {
   template <class Any>
   __device__ void fetch(const Any& tensor, DType dtype, std::int64_t offset, int along) {
     if constexpr (common) {
-      raw[0].bits = *reinterpret_cast<const std::uint32_t*>(static_cast<const std::uint16_t*>(tensor.data) + offset);
+      raw[0].low = *reinterpret_cast<const std::uint32_t*>(static_cast<const std::uint16_t*>(tensor.data) + offset);
     } else {
       raw[0].fetch(tensor, dtype, offset);
       raw[1].fetch(tensor, dtype, offset + along);
@@ -31,7 +35,7 @@ struct ValuePair {
   }
   __device__ float value(DType dtype, int e) const {
     if constexpr (common)
-      return __uint_as_float(e == 0 ? raw[0].bits << 16 : raw[0].bits & 0xffff0000u);
+      return __uint_as_float(e == 0 ? raw[0].low << 16 : raw[0].low & 0xffff0000u);
     else
       return raw[e].value(dtype);
   }
@@ -96,13 +100,12 @@ struct Corrections {
   }
 };
 
-/// `keeps_float`: the state stays in registers as float32 after its product with the keys, which several turns, and stores
-/// after each token, need. `common` as for decode_kernel.
-template <class State, int key_dim, bool value_last, int token_tile, bool keeps_float, bool common>
+/// The state stays in registers as float32 after its product with the keys, which several turns, and stores after each token,
+/// need. `common` as for decode_kernel.
+template <class State, int key_dim, bool value_last, int token_tile, bool common>
 __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ FastParams p) {
-  using Tile = StateTile<State, key_dim, value_last, keeps_float>;
+  using Tile = StateTile<State, key_dim, value_last>;
   using Tokens = TokenTile<key_dim, token_tile, Tile::width, common>;
-  static_assert(keeps_float || (Tile::parts == 1 && !value_last));
   constexpr int width = Tile::width, halves = Tile::halves, runs = Tile::runs, groups = Tokens::groups;
   extern __shared__ uint4 shared[];
   const int lane = static_cast<int>(threadIdx.x), g = lane / 4, c = lane % 4;
@@ -120,8 +123,7 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
     return first_value * (value_last ? 1 : v_stride(strides)) + Tile::lane_offset(lane, v_stride(strides), strides[1]);
   };
   const bool reads = source >= 0 && p.initial_state;
-  using Window = Ring<Tile::vectors, Tile::words, verify_stages>;
-  Window ring(shared, lane);
+  VerifyRing<Tile> ring(shared, lane);
   const std::int64_t* const read_strides = &p.state_read.strides[2];
   const State* const from = static_cast<const State*>(p.state_read.data) + (reads ? offset_of(p.state_read, source, h) : 0) +
                             lane_offset(read_strides, 0);
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
     return;
   }
 
-  Tokens tokens(reinterpret_cast<char*>(shared) + Window::bytes, p);
+  Tokens tokens(reinterpret_cast<char*>(shared) + VerifyRing<Tile>::bytes, p);
   const auto batch = static_cast<unsigned>(row.batch);
   const bool single_turn = row.tokens <= token_tile;
   // Where this lane's token g and value rows 2c, 2c+1 of a tile are in v and o.
@@ -149,16 +151,22 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
   const std::int64_t v_at = offset_of(p.v, batch, lane_token, head_of(h, p.v_group)) + product(Tile::value_of(0, c), v_along);
   const std::int64_t o_at = offset_of(p.o, batch, lane_token, h) + product(Tile::value_of(0, c), o_along);
   const DType v_dtype = common ? DType::bf16 : p.v.dtype, o_dtype = common ? DType::bf16 : p.o.dtype;
-  ValuePair<common> v[groups][halves];
-  const auto fetch_values = [&](int done, int count, int first_value) {
-    const std::int64_t base = v_at + product(done, p.v.strides[1]) + product(first_value, v_along);
+  // Calls function(group, half, offset) for the lane's pairs of a tile that begins `done` tokens after the row's first and at
+  // first_value, with the offset in a tensor in which `at` is the lane's first pair.
+  const auto for_each_pair = [&](const Tensor<std::int32_t, 4>& tensor, int along, std::int64_t at, int done, int count,
+                                 int first_value, auto function) {
+    const std::int64_t base = at + product(done, tensor.strides[1]) + product(first_value, along);
 #pragma unroll
     for (int group = 0; group < groups; ++group)
       if (8 * group + g < count)
 #pragma unroll
         for (int half = 0; half < halves; ++half)
-          v[group][half].fetch(p.v, v_dtype, base + product(8 * group, p.v.strides[1]) + half * Tile::half_step * v_along,
-                               v_along);
+          function(group, half, base + product(8 * group, tensor.strides[1]) + half * Tile::half_step * along);
+  };
+  ValuePair<common> v[groups][halves];
+  const auto fetch_values = [&](int done, int count, int first_value) {
+    for_each_pair(p.v, v_along, v_at, done, count, first_value,
+                  [&](int group, int half, std::int64_t at) { v[group][half].fetch(p.v, v_dtype, at, v_along); });
   };
   const int tokens_count = static_cast<int>(row.tokens);
   if (single_turn) {
@@ -172,12 +180,12 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
       base += lane_offset(strides, first_value);
       Tile::store([&](std::int64_t step, const auto& x) { store_vector(base + step, x); }, v_stride(strides), strides[1], s);
     };
-    float s[keeps_float ? halves : 1][keeps_float ? runs : 1][width];
+    float s[halves][runs][width];
     Tile tile;
     tile.clear();
     ring.wait();
     if (reads) ring.read(stage, tile.raw);
-    if constexpr (keeps_float) tile.widen_to(s);
+    tile.widen_to(s);
     int done = 0;
     do {
       const int count = min(tokens_count - done, token_tile);
@@ -185,28 +193,18 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
         fetch_values(done, count, first_value);
         tokens.load(batch, static_cast<unsigned>(row.first_token + done), count, h, lane);
       }
-      const int state_parts = done == 0 ? Tile::parts : 3;
+      const int state_parts = done == 0 ? state_parts_of<State> : 3;
 
       // S k and S q, each in two sums, since a product waits for the one before it in its sum.
       float products[2][groups][halves][4] = {};
 #pragma unroll
       for (int i = 0; i < runs; ++i) {
-        Pair state[keeps_float ? 3 : 1][halves][width / 2];
+        Pair state[3][halves][width / 2];
 #pragma unroll
-        for (int half = 0; half < halves; ++half) {
-          if constexpr (keeps_float) {
-            float rest[width];
+        for (int half = 0; half < halves; ++half)
 #pragma unroll
-            for (int e = 0; e < width; ++e) rest[e] = s[half][i][e];
-#pragma unroll
-            for (int part = 0; part < 3; ++part)
-#pragma unroll
-              for (int j = 0; j < width / 2; ++j) state[part][half][j] = take_upper(rest[2 * j], rest[2 * j + 1]);
-          } else {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) state[0][half][j] = tile.raw[half * runs + i][j];
-          }
-        }
+          for (int j = 0; j < width / 2; ++j)
+            split_in_three(s[half][i][2 * j], s[half][i][2 * j + 1], [&](int part) -> Pair& { return state[part][half][j]; });
 #pragma unroll 1
         for (int b = 0; b < tokens.parts(); ++b)
 #pragma unroll
@@ -215,7 +213,7 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
             for (int j = 0; j < width / 2; j += 2) {
               const KeyQuery a = tokens.vector(b, 8 * group + g, width * (c + 4 * i) + 2 * j);
 #pragma unroll
-              for (int part = 0; part < (keeps_float ? 3 : 1); ++part) {
+              for (int part = 0; part < 3; ++part) {
                 if (part >= state_parts || part + b >= 3) continue;
 #pragma unroll
                 for (int half = 0; half < halves; ++half)
@@ -266,101 +264,74 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
             }
         }
       }
-      {
-        const std::int64_t base = o_at + product(done, p.o.strides[1]) + product(first_value, o_along);
-#pragma unroll
-        for (int group = 0; group < groups; ++group)
-          if (8 * group + g < count)
-#pragma unroll
-            for (int half = 0; half < halves; ++half)
-              store_pair<common>(p.o, o_dtype, base + product(8 * group, p.o.strides[1]) + half * Tile::half_step * o_along,
-                                 o_along, o[group][half]);
-      }
+      for_each_pair(p.o, o_along, o_at, done, count, first_value, [&](int group, int half, std::int64_t at) {
+        store_pair<common>(p.o, o_dtype, at, o_along, o[group][half]);
+      });
 
       const float total_decay = tokens.total_decay();
-      if constexpr (keeps_float) {
-        if (p.store_tokens || p.snapshots.data != nullptr) {
-          // Token by token: each state is stored. The corrections go through shared memory, since t is no constant.
-          float* const rows =
-              reinterpret_cast<float*>(reinterpret_cast<char*>(shared) + Window::bytes + Tokens::bytes(tokens.parts()));
-          __syncwarp();
+      if (p.store_tokens || p.snapshots.data != nullptr) {
+        // Token by token: each state is stored. The corrections go through shared memory, since t is no constant.
+        float* const rows =
+            reinterpret_cast<float*>(reinterpret_cast<char*>(shared) + VerifyRing<Tile>::bytes + Tokens::bytes(tokens.parts()));
+        __syncwarp();
 #pragma unroll
-          for (int group = 0; group < groups; ++group)
+        for (int group = 0; group < groups; ++group)
 #pragma unroll
-            for (int half = 0; half < halves; ++half)
+          for (int half = 0; half < halves; ++half)
 #pragma unroll
-              for (int e = 0; e < 2; ++e) rows[(8 * group + g) * Tile::warp_rows + 8 * half + 2 * c + e] = u[group][half][e];
-          __syncwarp();
+            for (int e = 0; e < 2; ++e) rows[(8 * group + g) * Tile::warp_rows + 8 * half + 2 * c + e] = u[group][half][e];
+        __syncwarp();
 #pragma unroll 1
-          for (int t = 0; t < count; ++t) {
-            const float decay = tokens.decay(t), factor = tokens.key_factor(t);
-            float correction[halves];
+        for (int t = 0; t < count; ++t) {
+          const float decay = tokens.decay(t), factor = tokens.key_factor(t);
+          float correction[halves];
 #pragma unroll
-            for (int half = 0; half < halves; ++half) correction[half] = factor * rows[t * Tile::warp_rows + 8 * half + g];
-#pragma unroll
-            for (int i = 0; i < runs; ++i) {
-              float key[width] = {};
-#pragma unroll 1
-              for (int b = tokens.parts(); b-- > 0;) {
-#pragma unroll
-                for (int j = 0; j < width; j += 4) {
-                  const KeyQuery words = tokens.vector(b, t, width * (c + 4 * i) + j);
-                  float low, high;
-                  widen(words.key0, low, high, __nv_bfloat16{});
-                  key[j] += low, key[j + 1] += high;
-                  widen(words.key1, low, high, __nv_bfloat16{});
-                  key[j + 2] += low, key[j + 3] += high;
-                }
-              }
-#pragma unroll
-              for (int half = 0; half < halves; ++half)
-#pragma unroll
-                for (int e = 0; e < width; ++e) s[half][i][e] = decay * s[half][i][e] + correction[half] * key[e];
-            }
-            const auto token = static_cast<unsigned>(done + t);
-            if (p.store_tokens)
-              if (const std::int64_t slot = index_at(p.token_slots, n, token); slot > p.null_slot)
-                store_state([&](std::int64_t at, const auto& x) { store_as<State>(p.state_write.data, at, x); },
-                            offset_of(p.state_write, slot, h), &p.state_write.strides[2], s);
-            if (p.snapshots.data != nullptr)
-              store_state([&](std::int64_t at, const auto& x) { store_run(p.snapshots, at, x); },
-                          offset_of(p.snapshots, n, token, h), &p.snapshots.strides[3], s);
-          }
-        } else if (!last || row.final_slot >= 0) {
-          Corrections<halves, groups> corrections;
-          corrections.set(u, tokens, g);
+          for (int half = 0; half < halves; ++half) correction[half] = factor * rows[t * Tile::warp_rows + 8 * half + g];
 #pragma unroll
           for (int i = 0; i < runs; ++i) {
-            float d[width / 2][4] = {};
-            corrections.template multiply<width>(d, tokens, i, lane);
+            float key[width] = {};
+#pragma unroll 1
+            for (int b = tokens.parts(); b-- > 0;) {
+#pragma unroll
+              for (int j = 0; j < width; j += 4) {
+                const KeyQuery words = tokens.vector(b, t, width * (c + 4 * i) + j);
+                float low, high;
+                widen(words.key0, low, high, __nv_bfloat16{});
+                key[j] += low, key[j + 1] += high;
+                widen(words.key1, low, high, __nv_bfloat16{});
+                key[j + 2] += low, key[j + 3] += high;
+              }
+            }
 #pragma unroll
             for (int half = 0; half < halves; ++half)
 #pragma unroll
-              for (int e = 0; e < width; ++e) s[half][i][e] = total_decay * s[half][i][e] + d[e / 2][2 * half + e % 2];
+              for (int e = 0; e < width; ++e) s[half][i][e] = decay * s[half][i][e] + correction[half] * key[e];
           }
+          const auto token = static_cast<unsigned>(done + t);
+          if (p.store_tokens)
+            if (const std::int64_t slot = index_at(p.token_slots, n, token); slot > p.null_slot)
+              store_state([&](std::int64_t at, const auto& x) { store_as<State>(p.state_write.data, at, x); },
+                          offset_of(p.state_write, slot, h), &p.state_write.strides[2], s);
+          if (p.snapshots.data != nullptr)
+            store_state([&](std::int64_t at, const auto& x) { store_run(p.snapshots, at, x); },
+                        offset_of(p.snapshots, n, token, h), &p.snapshots.strides[3], s);
         }
-        if (last && row.final_slot >= 0)
-          store_state([&](std::int64_t at, const auto& x) { store_as<State>(p.state_write.data, at, x); },
-                      offset_of(p.state_write, row.final_slot, h), &p.state_write.strides[2], s);
-      } else if (row.final_slot >= 0) {
+      } else if (!last || row.final_slot >= 0) {
         Corrections<halves, groups> corrections;
         corrections.set(u, tokens, g);
-        const std::int64_t* const strides = &p.state_write.strides[2];
-        const std::int64_t base = offset_of(p.state_write, row.final_slot, h) + lane_offset(strides, first_value);
 #pragma unroll
         for (int i = 0; i < runs; ++i) {
           float d[width / 2][4] = {};
           corrections.template multiply<width>(d, tokens, i, lane);
 #pragma unroll
-          for (int half = 0; half < halves; ++half) {
-            float x[width];
-            tile.widen_to(x, half, i);
+          for (int half = 0; half < halves; ++half)
 #pragma unroll
-            for (int e = 0; e < width; ++e) x[e] = total_decay * x[e] + d[e / 2][2 * half + e % 2];
-            store_as<State>(p.state_write.data, base + Tile::step(half * runs + i, v_stride(strides), strides[1]), x);
-          }
+            for (int e = 0; e < width; ++e) s[half][i][e] = total_decay * s[half][i][e] + d[e / 2][2 * half + e % 2];
         }
       }
+      if (last && row.final_slot >= 0)
+        store_state([&](std::int64_t at, const auto& x) { store_as<State>(p.state_write.data, at, x); },
+                    offset_of(p.state_write, row.final_slot, h), &p.state_write.strides[2], s);
       done += count;
     } while (done < tokens_count);
   }

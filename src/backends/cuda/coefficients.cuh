@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <type_traits>
+
+#include "backends/cuda/gates.cuh"
+#include "backends/cuda/vectors.cuh"
+
+namespace gatedelta::cuda {
+
+__device__ inline float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
+template <bool common>
+__device__ float normalisation(const FastParams& p, float square) {
+  return common || p.l2norm ? 1.0f / sqrtf(square + p.l2_eps) : 1.0f;
+}
+
+/// A lane's keys of a token's key or query, as vectors of `width` elements; zeros where there is no token.
+template <int width, int runs>
+__device__ __forceinline__ void fetch_column(Pair (&words)[runs][width / 2], const FastParams& p, bool query, bool is_token,
+                                             unsigned n, unsigned token, unsigned h, int c) {
+  const std::int64_t at =
+      query ? offset_of(p.q, n, token, head_of(h, p.q_group)) : offset_of(p.k, n, token, head_of(h, p.k_group));
+  const auto* const from = static_cast<const std::uint16_t*>(query ? p.q.data : p.k.data) + at + width * c;
+#pragma unroll
+  for (int i = 0; i < runs; ++i) {
+    if constexpr (width == 8) {
+      uint4 vector = {};
+      if (is_token) vector = *reinterpret_cast<const uint4*>(from + 4 * width * i);
+      words[i][0] = vector.x, words[i][1] = vector.y, words[i][2] = vector.z, words[i][3] = vector.w;
+    } else {
+      uint2 vector = {};
+      if (is_token) vector = *reinterpret_cast<const uint2*>(from + 4 * width * i);
+      words[i][0] = vector.x, words[i][1] = vector.y;
+    }
+  }
+}
+
+/// Products of all columns with each other, or with those of two blocks: of row g (of `rows`, and of `more_rows`) and the
+/// lane's columns.
+template <int runs, int pairs>
+__device__ __forceinline__ void multiply_columns(const Pair (&rows)[runs][pairs],
+                                                 std::type_identity_t<const Pair (*)[pairs]> more_rows,
+                                                 const Pair (&columns)[runs][pairs], float (&out)[2], float* more_out) {
+  float d[2][4] = {};
+#pragma unroll
+  for (int i = 0; i < runs; ++i)
+#pragma unroll
+    for (int j = 0; j < pairs; j += 2)
+      multiply_add(d[(i * pairs / 2 + j / 2) % 2], rows[i][j], more_rows != nullptr ? more_rows[i][j] : 0, rows[i][j + 1],
+                   more_rows != nullptr ? more_rows[i][j + 1] : 0, columns[i][j], columns[i][j + 1]);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    out[e] = d[0][e] + d[1][e];
+    if (more_out != nullptr) more_out[e] = d[0][2 + e] + d[1][2 + e];
+  }
+}
+
+template <int blocks, int runs, int pairs>
+__device__ void forget_all(Pair (&words)[blocks][runs][pairs]) {
+#pragma unroll
+  for (auto& block : words)
+#pragma unroll
+    for (auto& run : block)
+#pragma unroll
+      for (Pair& pair : run) forget(pair);
+}
+
+/// Numbers that one warp hands to the others of its block, lane by lane.
+class SharedNumbers {
+ public:
+  __device__ SharedNumbers(void* memory, int lane, bool gives)
+      : next_(static_cast<std::uint32_t*>(memory) + lane), gives_(gives) {}
+  __device__ void pass(std::uint32_t& x) {
+    if (gives_)
+      *next_ = x;
+    else
+      x = *next_;
+    next_ += 32;
+  }
+  __device__ void pass(float& x) {
+    auto bits = __float_as_uint(x);
+    pass(bits);
+    x = __uint_as_float(bits);
+  }
+
+ private:
+  std::uint32_t* next_;
+  const bool gives_;
+};
+
+/// What a warp knows of the tokens of one row and head before it has seen the state, all of it in registers, as fragments of
+/// matrix products: with g = lane / 4 and c = lane % 4 a lane has the columns 2c and 2c+1, and row g, of each matrix of tokens.
+/// Columns are the keys of 8 tokens and, in a second block, their queries; or, for 4 tokens, 4 keys and 4 queries.
+///
+///     W = (I + A)^-1       A_tj = beta_t exp(G_t - G_j) k^_t k^_j  (j < t)
+///     Q_tj = scale exp(G_t - G_j) q^_t k^_j  (j <= t)
+///
+/// W is made row by row, together with Q W. For normalised keys and beta <= 2 its elements are no larger than 2: they are the
+/// answers of the recurrence to one value, and a step of that is a contraction.
+template <int key_dim, int token_tile, int width>
+class TokenColumns {
+ public:
+  static_assert(token_tile == 4 || token_tile == 8);
+  static constexpr int blocks = token_tile / 4, runs = key_dim / (4 * width);
+  static constexpr bool beside = token_tile == 4;  ///< keys and queries share a block
+
+  // Factors of S k_t and v_t in R_t, and of S q_t in o_t, for the lane's columns.
+  float key_factor[2], value_factor[2], query_factor[2];
+
+  /// The token whose v is wanted in column g, and the one whose outputs are in column g of the last block; negative for none.
+  __device__ static int value_of(int g) { return g; }
+  __device__ static int query_of(int g) { return beside ? g - 4 : g; }
+  /// Of column g of a block, the keys (or of a query) width (c + 4i) + 2j, + 1.
+  __device__ Pair pair(int block, int i, int j) const { return words_[block][i][j]; }
+
+  __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int count, int g, int c) {
+    const auto token = static_cast<unsigned>(g % token_tile);
+    const bool is_token = static_cast<int>(token) < count;
+#pragma unroll
+    for (int block = 0; block < blocks; ++block) {
+      const bool query = beside ? g >= 4 : block == 1;
+      fetch_column<width>(words_[block], p, query, is_token, n, token, h, c);
+    }
+  }
+  template <bool common>
+  __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int count, int g) {
+    if (const int token = g % token_tile; token < count) gates_.fetch<common>(p, n, static_cast<unsigned>(token), h);
+  }
+
+  template <bool common>
+  __device__ void prepare(const FastParams& p, int count, int g, int c) {
+    const int t = g % token_tile;
+    float decay = 1, beta = 0;
+    if (t < count) {
+      decay = expf(gates_.log_decay<float, common>(p));
+      beta = gates_.beta<float, common>(p);
+    }
+    int column[2];  // token
+    // Row g with the columns of the keys: of the key of row g, and of its query. Squares are on the diagonal.
+    float products[2], read_outs[2];
+    const auto factor_of = [&](const float(&x)[2]) {
+      return normalisation<common>(p, shuffle(g % 2 == 0 ? x[0] : x[1], 4 * g + g / 2));
+    };
+    float row_factor, row_query_factor;
+    if constexpr (beside) {
+      multiply_columns(words_[0], nullptr, words_[0], products, nullptr);
+      row_factor = row_query_factor = factor_of(products);
+      read_outs[0] = products[0], read_outs[1] = products[1];
+    } else {
+      float squares[2];
+      multiply_columns(words_[0], words_[blocks - 1], words_[0], products, read_outs);
+      multiply_columns(words_[blocks - 1], nullptr, words_[blocks - 1], squares, nullptr);
+      row_factor = factor_of(products), row_query_factor = factor_of(squares);
+    }
+    // exp(G_t - G_j) as a product: what underflows here does so in the recurrence.
+    decays_[0] = decays_[1] = 1;
+    prefix_ = shuffle(decay, 0);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) column[e] = (2 * c + e) % token_tile;
+#pragma unroll
+    for (int i = 1; i < token_tile; ++i) {
+      const float next = shuffle(decay, 4 * i), factor = i <= t ? next : 1.0f;
+      prefix_ *= factor;
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (i > column[e]) decays_[e] *= factor;
+    }
+    const bool key_columns = !beside || c < 2, key_row = !beside || g < 4;
+    float left[2], right[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int from = 4 * (2 * c + e);
+      const float key_norm = shuffle(row_factor, from), query_norm = shuffle(row_query_factor, from);
+      const float column_decay = shuffle(prefix_, from), column_beta = shuffle(beta, from);
+      key_factor[e] = key_columns ? -column_beta * (column_decay * key_norm) : 0.0f;
+      value_factor[e] = key_columns ? column_beta : 0.0f;
+      query_factor[e] = !beside || c >= 2 ? p.scale * (column_decay * query_norm) : 0.0f;
+      decays_[e] = key_columns && column[e] <= t ? decays_[e] * key_norm : 0.0f;
+      left[e] = key_row && column[e] < t ? -beta * (row_factor * products[e] * decays_[e]) : 0.0f;
+      right[e] = p.scale * (row_query_factor * read_outs[e] * decays_[e]);
+      if constexpr (beside) left[e] = key_row ? left[e] : right[e];
+    }
+    float w[2], qw[2] = {};
+#pragma unroll
+    for (int e = 0; e < 2; ++e) w[e] = key_columns && key_row && column[e] == t ? 1.0f : 0.0f;
+#pragma unroll
+    for (int i = 0; i < token_tile; ++i) {
+      const float a = shuffle(i % 2 == 0 ? left[0] : left[1], 4 * g + i / 2);
+      const float b = beside ? 0.0f : shuffle(i % 2 == 0 ? right[0] : right[1], 4 * g + i / 2);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float known = shuffle(w[e], 4 * i + c);  // row i is complete
+        w[e] += a * known;
+        if constexpr (!beside) qw[e] += b * known;
+      }
+    }
+    split_in_three(w[0], w[1], [&](int part) -> Pair& { return solutions_[0][part]; });
+    if constexpr (!beside) split_in_three(qw[0], qw[1], [&](int part) -> Pair& { return solutions_[blocks - 1][part]; });
+  }
+
+  /// What prepare() has found out.
+  static constexpr std::size_t shared_bytes = 128 * (9 + 3 * blocks);
+  __device__ void pass(SharedNumbers numbers) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      numbers.pass(key_factor[e]), numbers.pass(value_factor[e]), numbers.pass(query_factor[e]);
+      numbers.pass(decays_[e]);
+    }
+    numbers.pass(prefix_);
+#pragma unroll
+    for (auto& solution : solutions_)
+#pragma unroll
+      for (Pair& part : solution) numbers.pass(part);
+  }
+
+  /// From R (rows g and g + 8 of 16) to the corrections U; adds to the outputs, which are in the columns of queries.
+  __device__ void solve(const float (&in)[2][2], float (&corrections)[4], float (&out)[4]) const {
+    Pair a[3][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      split_in_three(in[half][0], in[half][1], [&](int part) -> Pair& { return a[part][half]; });
+    const auto multiply = [&](float(&d)[4], const Pair(&b)[3]) {
+      multiply_add(d, a[2][0], a[2][1], a[1][0], a[1][1], b[0], b[1]);
+      multiply_add(d, a[0][0], a[0][1], a[1][0], a[1][1], b[2], b[0]);
+      multiply_add(d, a[0][0], a[0][1], a[0][0], a[0][1], b[1], b[0]);
+    };
+    if constexpr (beside) {
+      // One product gives both: corrections in the first four columns, where `out` is zero, outputs in the others.
+      multiply(out, solutions_[0]);
+      const bool key_columns = threadIdx.x % 4 < 2;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) corrections[e] = key_columns ? out[e] : 0.0f;
+    } else {
+      multiply(corrections, solutions_[0]);
+      multiply(out, solutions_[blocks - 1]);
+    }
+  }
+
+  __device__ void forget() { forget_all(words_); }
+
+  /// The decay of the state up to token t, and the factors of u_j k_j^T in the state after it.
+  __device__ float decay_to(int t) const { return shuffle(prefix_, 4 * t); }
+  __device__ void factors_to(int t, int c, float (&out)[2]) const {
+    out[0] = shuffle(decays_[0], 4 * t + c), out[1] = shuffle(decays_[1], 4 * t + c);
+  }
+
+  /// Corrections of the lane's columns, with their factors, as a fragment.
+  static constexpr int fragment = 3;
+  __device__ static void split(float x, float y, int, Pair (&out)[fragment]) {
+    split_in_three(x, y, [&](int part) -> Pair& { return out[part]; });
+  }
+  /// d += U k^T for rows g and g + 8 and the keys of pair(0, i, j).
+  __device__ void multiply_keys(float (&d)[4], const Pair (&low)[fragment], const Pair (&high)[fragment], int i, int j) const {
+    const Pair column = transposed(words_[0][i][j]);
+    multiply_add(d, low[2], high[2], column);
+    multiply_add(d, low[0], high[0], low[1], high[1], column, column);
+  }
+
+ private:
+  Pair words_[blocks][runs][width / 2];
+  GateInputs gates_;
+  Pair solutions_[blocks][3];  ///< W, and Q W
+  float decays_[2];            ///< exp(G_t - G_j) n_j for row t and the lane's columns j <= t
+  float prefix_;               ///< exp(G_t) for row t
+};
+
+/// The same for one token, with a key in columns 0, 2 and 3, and a query in column 1. So one lane has S k and S q of a row, and
+/// the three parts of a correction find a column of keys each.
+template <int key_dim, int width>
+class TokenColumns<key_dim, 1, width> {
+ public:
+  static constexpr int blocks = 1, runs = key_dim / (4 * width);
+
+  float key_factor[2], value_factor[2], query_factor[2];
+
+  __device__ static int value_of(int g) { return g == 0 || g == 2 ? 0 : -1; }
+  __device__ static int query_of(int g) { return g == 1 ? 0 : -1; }
+  __device__ Pair pair(int block, int i, int j) const { return words_[block][i][j]; }
+
+  __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int, int g, int c) {
+    fetch_column<width>(words_[0], p, g == 1, g < 4, n, 0u, h, c);
+  }
+  template <bool common>
+  __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int, int) {
+    gates_.fetch<common>(p, n, 0u, h);
+  }
+
+  template <bool common>
+  __device__ void prepare(const FastParams& p, int, int, int c) {
+    float products[2];
+    multiply_columns(words_[0], nullptr, words_[0], products, nullptr);
+    decay_ = expf(gates_.log_decay<float, common>(p));
+    const float beta = gates_.beta<float, common>(p);
+    key_norm_ = normalisation<common>(p, shuffle(products[0], 0));
+    const float query_scale = p.scale * normalisation<common>(p, shuffle(products[1], 4));
+    read_out_ = query_scale * (key_norm_ * shuffle(products[1], 0));
+    key_factor[0] = -beta * (decay_ * key_norm_), value_factor[0] = beta, query_factor[0] = 0;
+    key_factor[1] = value_factor[1] = 0, query_factor[1] = c == 0 ? query_scale * decay_ : 0.0f;
+  }
+
+  static constexpr std::size_t shared_bytes = 128 * 9;
+  __device__ void pass(SharedNumbers numbers) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) numbers.pass(key_factor[e]), numbers.pass(value_factor[e]), numbers.pass(query_factor[e]);
+    numbers.pass(decay_), numbers.pass(key_norm_), numbers.pass(read_out_);
+  }
+
+  __device__ void solve(const float (&in)[2][2], float (&corrections)[4], float (&out)[4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      corrections[2 * half] = in[half][0], corrections[2 * half + 1] = 0;
+      out[2 * half + 1] += read_out_ * in[half][0];
+    }
+  }
+
+  __device__ float decay_to(int) const { return decay_; }
+  __device__ void factors_to(int, int, float (&out)[2]) const { out[0] = key_norm_, out[1] = 0; }
+
+  static constexpr int fragment = 1;
+  __device__ static void split(float x, float, int c, Pair (&out)[fragment]) {
+    const std::uint32_t first = take_upper(x), second = take_upper(x);
+    out[0] = c == 0 ? first >> 16 : c == 1 ? __byte_perm(second, __float_as_uint(x), 0x7632) : 0;
+  }
+  __device__ void multiply_keys(float (&d)[4], const Pair (&low)[fragment], const Pair (&high)[fragment], int i, int j) const {
+    multiply_add(d, low[0], high[0], transposed(words_[0][i][j]));
+  }
+
+  __device__ void forget() { forget_all(words_); }
+
+ private:
+  Pair words_[blocks][runs][width / 2];
+  GateInputs gates_;
+  float decay_, key_norm_;
+  float read_out_;  ///< factor of the correction in the output
+};
+
+}  // namespace gatedelta::cuda

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of the serving form of one state dtype: compiled once for each GATEDELTA_STATE.
+#include "backends/cuda/plan.hpp"
+#include "backends/cuda/serving.cuh"
+#include "backends/cuda/state_dtype.cuh"
+
+namespace gatedelta::cuda {
+namespace {
+
+template <int key_dim, bool value_last, int token_tile, bool common>
+FastKernel describe() {
+  void (*const kernel)(FastParams) = serving_kernel<State, key_dim, value_last, token_tile, common>;
+  using Unit = StateUnit<State, key_dim, value_last>;
+  return {reinterpret_cast<const void*>(kernel),
+          Unit::rows,
+          serving_stages<value_last> * serving_stage_bytes<Unit>,
+          0,
+          Unit::bytes,
+          TokenColumns<key_dim, token_tile, Unit::width>::shared_bytes};
+}
+
+template <int key_dim, int token_tile, bool common>
+FastKernel find(const Plan& plan) {
+  if (plan.value_last) return describe<key_dim, true, token_tile, common>();
+  // One token of a K-last state is for decode.
+  if constexpr (token_tile > 1) return describe<key_dim, false, token_tile, common>();
+  return {};
+}
+
+template <int key_dim, bool common>
+FastKernel find(const Plan& plan) {
+  switch (plan.token_tile) {
+    case 1:
+      return find<key_dim, 1, common>(plan);
+    case 4:
+      return find<key_dim, 4, common>(plan);
+    default:
+      return find<key_dim, 8, common>(plan);
+  }
+}
+
+template <int key_dim>
+FastKernel find(const Plan& plan) {
+  return plan.common ? find<key_dim, true>(plan) : find<key_dim, false>(plan);
+}
+
+}  // namespace
+
+template <>
+FastKernel serving_kernel_of<state_dtype>(const Plan& plan, std::int64_t key_dim) {
+  return key_dim == 64 ? find<64>(plan) : find<128>(plan);
+}
+
+}  // namespace gatedelta::cuda

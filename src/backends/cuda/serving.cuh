@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "backends/cuda/coefficients.cuh"
+#include "backends/cuda/rows.cuh"
+#include "backends/cuda/state_unit.cuh"
+
+// The call of a model that is serving: as many tokens in every row, at most `token_tile`, q, k, v and o in bfloat16. The state
+// is read once and does nothing but be multiplied, on the tensor cores. With value rows as rows of the products and tokens as
+// their columns, whatever one product gives is where the next one wants it:
+//
+//     D = S [k q]       exact for a bfloat16 state; normalisation and decays come in as factors of its columns
+//     U = R W^T         R_t = beta_t (v_t - exp(G_t) n_t S k_t), and W = (I + A)^-1 of the tokens alone (see coefficients.cuh)
+//     O = D_q + R (Q W)^T
+//     S <- exp(G_T) S + U k^T
+//
+// R, U, W and Q W are sums of three bfloat16 numbers, which is all of a float32.
+namespace gatedelta::cuda {
+
+constexpr int serving_max_warps = 4;  ///< of a block
+
+/// Units of the state that are under way ahead of their use.
+template <bool value_last>
+constexpr int serving_stages = value_last ? 1 : 2;
+
+/// Beside the state, of each value row pair that a lane has of a token.
+template <class Unit>
+constexpr int serving_stage_bytes = static_cast<int>(Unit::bytes) + Unit::tiles* Unit::halves * 32 * 4;
+
+/// Blocks that are to fit on a multiprocessor: as shared memory and registers allow, the latter by an estimate of what a thread
+/// needs beside fragments.
+template <class Unit, int token_tile, bool value_last, bool common>
+constexpr int serving_blocks() {
+  constexpr int memory = 227 * 1024 / (serving_max_warps * serving_stages<value_last> * serving_stage_bytes<Unit>);
+  constexpr int fragments = TokenColumns<Unit::keys, token_tile, Unit::width>::blocks * Unit::keys / 8;
+  constexpr int others = (token_tile == 1   ? 72
+                          : token_tile == 4 ? 80
+                                            : 88) +
+                         (Unit::pair_words == 2 ? 16 : 0) + (value_last ? 24 : 0) + (common ? 0 : 16);
+  constexpr int registers = 65536 / (32 * serving_max_warps * (fragments + others));
+  return memory < registers ? memory : registers;
+}
+
+/// A warp has a span of value rows of one head, which it goes through unit by unit with the next ones under way. The first warp
+/// of a block works out what the tokens need for all. `common`: the gate is raw and beta are logits, both bfloat16, q and k are
+/// normalised, and slots are not per token.
+template <class State, int key_dim, bool value_last, int token_tile, bool common>
+__global__ void __launch_bounds__(32 * serving_max_warps,
+                                  serving_blocks<StateUnit<State, key_dim, value_last>, token_tile, value_last, common>())
+    serving_kernel(const __grid_constant__ FastParams p) {
+  using Unit = StateUnit<State, key_dim, value_last>;
+  using Tokens = TokenColumns<key_dim, token_tile, Unit::width>;
+  constexpr int pairs = Unit::width / 2, halves = Unit::halves, runs = Unit::runs, parts = state_parts_of<State>;
+  constexpr int stages = serving_stages<value_last>, stage_bytes = serving_stage_bytes<Unit>;
+  const auto warp = threadIdx.x / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
+  const unsigned n = p.first_row + blockIdx.z, h = blockIdx.y;
+  const int span_begin = static_cast<int>((blockIdx.x * (blockDim.x / 32) + warp) * p.span);
+  const int span_end = min(span_begin + static_cast<int>(p.span), p.value_dim), count = static_cast<int>(p.tokens);
+  cudaTriggerProgrammaticLaunchCompletion();
+
+  extern __shared__ uint4 shared[];
+  const bool stores_each = (!common && p.store_tokens) || p.snapshots.data != nullptr;
+  char* const memory = shared_address(
+      shared, Tokens::shared_bytes + warp * (stages * stage_bytes + (stores_each ? static_cast<unsigned>(Unit::bytes) : 0)));
+  const auto unit_at = [&](int stage) { return Unit(memory + stage * stage_bytes, static_cast<unsigned>(lane), p.value_dim); };
+  Tokens tokens;
+  RowSlots<common> slots;
+  slots.fetch(p, n, static_cast<unsigned>(lane));
+  // v goes through the stages, too, though each lane fetches what it needs itself.
+  const int v_token = Tokens::value_of(g);
+  const auto has_v = [&] { return v_token >= 0 && v_token < static_cast<int>(p.tokens); };
+  const auto v_word = [&](int stage, int m, int half) {
+    return reinterpret_cast<Pair*>(memory + stage * stage_bytes + Unit::bytes) + (m * halves + half) * 32 + lane;
+  };
+  const auto fetch_values = [&](int stage, int first_value) {
+    if (!has_v()) return;
+    const auto* const v = static_cast<const std::uint16_t*>(p.v.data) +
+                          offset_of(p.v, n, static_cast<unsigned>(v_token), head_of(h, p.v_group)) + first_value + 2 * c;
+#pragma unroll
+    for (int m = 0; m < Unit::tiles; ++m)
+#pragma unroll
+      for (int half = 0; half < halves; ++half)
+        if (const int value = m * Unit::tile_rows + 8 * half; first_value + value < span_end)
+          __pipeline_memcpy_async(v_word(stage, m, half), v + value, sizeof(Pair));
+  };
+  const auto fetch_inputs = [&] {
+    tokens.fetch(p, n, h, count, g, c);
+    if (warp == 0) tokens.template fetch_gates<common>(p, n, h, count, g);
+#pragma unroll
+    for (int stage = 0; stage < stages; ++stage) fetch_values(stage, span_begin + stage * Unit::rows);
+  };
+  const auto fetch_unit = [&](int stage, int first_value) {
+    if (first_value < span_end) {
+      if (slots.source >= 0 && p.initial_state)
+        unit_at(stage).fetch(static_cast<const State*>(p.state_read.data) +
+                                 offset_of(p.state_read, static_cast<unsigned>(slots.source), h) + Unit::offset(first_value),
+                             span_end - first_value);
+      else
+        unit_at(stage).clear();
+    }
+    __pipeline_commit();
+  };
+  const auto begin = [&] {
+    slots.resolve(p, n);
+#pragma unroll
+    for (int stage = 0; stage < stages; ++stage) fetch_unit(stage, span_begin + stage * Unit::rows);
+  };
+  // The kernel before may be writing the inputs of a dependent launch, but neither slots nor states.
+  if (p.dependent) {
+    begin();
+    cudaGridDependencySynchronize();
+  }
+  fetch_inputs();
+  if (p.dependent)
+    __pipeline_commit();
+  else
+    begin();
+  const auto store_output = [&](int t, int value, Pair pair) {
+    auto* const to = static_cast<std::uint16_t*>(p.o.data) + offset_of(p.o, n, static_cast<unsigned>(t), h) + value + 2 * c;
+    *reinterpret_cast<std::uint32_t*>(to) = pair;
+  };
+  if (slots.source < 0) {
+    __pipeline_wait_prior(0);
+    for (int value = span_begin; value < span_end; value += 8)
+      if (g < count) store_output(g, value, 0);
+    return;
+  }
+  // One warp works for all.
+  if (warp == 0) tokens.template prepare<common>(p, count, g, c);
+  if (blockDim.x > 32) {
+    if (warp == 0) tokens.pass({shared, lane, true});
+    __syncthreads();
+    if (warp != 0) tokens.pass({shared, lane, false});
+  }
+  if (p.dependent) __pipeline_wait_prior(0);  // v has come last
+
+  const auto state_at = [&](std::int32_t slot, int first_value) {
+    return static_cast<State*>(p.state_write.data) + offset_of(p.state_write, static_cast<unsigned>(slot), h) +
+           Unit::offset(first_value);
+  };
+  const auto load_run = [](std::uint32_t(&words)[halves][4], const Unit& from, int m, int i) {
+#pragma unroll
+    for (int half = 0; half < halves; ++half) from.load(words[half], m, half, i);
+  };
+  int stage = 0;
+#pragma unroll 1
+  for (int unit_begin = span_begin; unit_begin < span_end; unit_begin += Unit::rows) {
+    const Unit unit = unit_at(stage);
+    const int unit_rows = span_end - unit_begin;
+    __pipeline_wait_prior(stages - 1);
+    __syncwarp();
+#pragma unroll 1
+    for (int m = 0; m < Unit::tiles && m * Unit::tile_rows < unit_rows; ++m) {
+      const int first_value = unit_begin + m * Unit::tile_rows;
+      // Two sums do not wait for each other.
+      constexpr int chains = token_tile < 8 ? 2 : 1;
+      float products[chains][Tokens::blocks][4] = {};
+#pragma unroll
+      for (int i = 0; i < runs; ++i) {
+        std::uint32_t state[halves][4];
+        load_run(state, unit, m, i);
+#pragma unroll
+        for (int j = 0; j < pairs; j += 2) {
+          Pair a[parts][2][2] = {};
+#pragma unroll
+          for (int half = 0; half < halves; ++half)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) Unit::split(state[half], j + e, [&](int part) -> Pair& { return a[part][e][half]; });
+#pragma unroll
+          for (int block = 0; block < Tokens::blocks; ++block)
+#pragma unroll
+            for (int part = 0; part < parts; ++part)
+              multiply_add(products[(i * pairs / 2 + j / 2) % chains][block], a[part][0][0], a[part][0][1], a[part][1][0],
+                           a[part][1][1], tokens.pair(block, i, j), tokens.pair(block, i, j + 1));
+        }
+      }
+
+      float in[2][2] = {}, out[4] = {}, u[4] = {};
+#pragma unroll
+      for (int half = 0; half < halves; ++half) {
+        float values[2];
+        widen(transposed(has_v() ? *v_word(stage, m, half) : 0), values[0], values[1], __nv_bfloat16{});
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float recalled = 0, read_out = 0;
+#pragma unroll
+          for (const auto& sums : products) {
+            recalled += sums[0][2 * half + e];
+            read_out += sums[Tokens::blocks - 1][2 * half + e];
+          }
+          in[half][e] = tokens.key_factor[e] * recalled + tokens.value_factor[e] * values[e];
+          out[2 * half + e] = tokens.query_factor[e] * read_out;
+        }
+      }
+      tokens.solve(in, u, out);
+#pragma unroll
+      for (int half = 0; half < halves; ++half) {
+        const Pair pair = transposed(narrow(out[2 * half], out[2 * half + 1], __nv_bfloat16{}));
+        const int t = Tokens::query_of(g);
+        if (t >= 0 && t < count) store_output(t, first_value + 8 * half, pair);
+      }
+
+      // States: the last one, or that after each token.
+#pragma unroll 1
+      for (int t = stores_each ? 0 : slots.final_slot >= 0 ? count - 1 : count; t < count; ++t) {
+        // States after each token leave the one that they all begin with as it is.
+        const Unit to = stores_each ? unit_at(stages) : unit;
+        tokens.forget();
+        const float decay = tokens.decay_to(t);
+        float factor[2];
+        tokens.factors_to(t, c, factor);
+        Pair fragments[2][Tokens::fragment] = {};
+#pragma unroll
+        for (int half = 0; half < halves; ++half)
+          Tokens::split(factor[0] * u[2 * half], factor[1] * u[2 * half + 1], c, fragments[half]);
+#pragma unroll
+        for (int i = 0; i < runs; ++i) {
+          std::uint32_t state[halves][4];
+          load_run(state, unit, m, i);
+#pragma unroll
+          for (int j = 0; j < pairs; ++j) {
+            float d[4] = {};
+            tokens.multiply_keys(d, fragments[0], fragments[1], i, j);
+#pragma unroll
+            for (int half = 0; half < halves; ++half) {
+              float x, y;
+              Unit::values(state[half], j, x, y);
+              Unit::pack(state[half], j, decay * x + d[2 * half], decay * y + d[2 * half + 1]);
+            }
+          }
+#pragma unroll
+          for (int half = 0; half < halves; ++half) to.store(state[half], m, half, i);
+        }
+        if (value_last && !stores_each) continue;
+        __syncwarp();
+        if (t == count - 1 && slots.final_slot >= 0) to.write_tile(state_at(slots.final_slot, unit_begin), unit_rows, m);
+        if (p.snapshots.data != nullptr)
+          to.write_tile(static_cast<State*>(p.snapshots.data) + offset_of(p.snapshots, n, static_cast<unsigned>(t), h) +
+                            Unit::offset(unit_begin),
+                        unit_rows, m);
+        if (!common && p.store_tokens)
+          if (const std::int32_t slot = __shfl_sync(0xffffffffu, slots.token_slot, t); slot >= 0)
+            to.write_tile(state_at(slot, unit_begin), unit_rows, m);
+        __syncwarp();
+      }
+    }
+    if (value_last && !stores_each && slots.final_slot >= 0) {
+      __syncwarp();
+      unit.write(state_at(slots.final_slot, unit_begin), unit_rows);
+    }
+    __syncwarp();
+    fetch_values(stage, unit_begin + stages * Unit::rows);
+    fetch_unit(stage, unit_begin + stages * Unit::rows);
+    stage = stage + 1 == stages ? 0 : stage + 1;
+  }
+}
+
+}  // namespace gatedelta::cuda
