@@ -48,10 +48,7 @@ Json collect() {
                        {"memory_gib", static_cast<double>(gpu.memory) / (1 << 30)},
                        {"code", code_for(gpu)}});
   const device::CudaVersions versions = device::cuda_versions();
-  const auto dotted = [](int number) { return fmt::format("{}.{}", number / 1000, number % 1000 / 10); };
-  out["cuda"] = {{"runtime", dotted(versions.runtime)},
-                 {"driver_supports", versions.driver == 0 ? "" : dotted(versions.driver)},
-                 {"driver", nvidia_driver()}};
+  out["cuda"] = {{"runtime", versions.runtime}, {"driver_supports", versions.driver}, {"driver", nvidia_driver()}};
 #endif
   out["devices"] = devices;
   return out;
