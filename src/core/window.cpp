@@ -166,9 +166,11 @@ ReplayWindow window_at(const WindowLayout& layout, void* layer, void* record, De
     next += padded_bytes(shape, dtype);
     return view;
   };
-  out.keys = place(layout.keys, layout.entries);
-  out.corrections = place(layout.corrections, layout.entries);
-  out.decays = place(layout.decays, DType::f32);
+  if (layer != nullptr) {
+    out.keys = place(layout.keys, layout.entries);
+    out.corrections = place(layout.corrections, layout.entries);
+    out.decays = place(layout.decays, DType::f32);
+  }
   next = static_cast<char*>(record);
   out.record.capacity = layout.capacity;
   out.record.length = place(std::array{layout.order[0]}, DType::i32);
