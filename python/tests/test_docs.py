@@ -10,10 +10,24 @@ import pytest
 root = pathlib.Path(__file__).parents[2]
 
 
+def blocks(document):
+    return re.findall(r"^```python\n(.*?)^```$", (root / document).read_text(encoding="utf-8"), re.S | re.M)
+
+
+def test_window_example():
+    first, second = (block for block in blocks("docs/PYTHON.md") if "gatedelta.forward" in block)
+    names = {}
+    exec(first, names)
+    exec(second, names)
+    assert not any(pool.any() for pool in names["pools"])  # only windows were written
+    states = names["window"].state_of(names["slots"])
+    assert states[0].any() and not states[1].any()
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/PYTHON.md"])
 def test_example(document):
-    block = re.search(r"^```python\n(import numpy.*?)^```$", (root / document).read_text(encoding="utf-8"), re.S | re.M)
+    block = next(block for block in blocks(document) if block.startswith("import numpy"))
     names = {}
-    exec(block[1], names)
+    exec(block, names)
     assert np.allclose(names["o"], 1, atol=1e-3)
     assert names["pool"][[5, 2]].all() and not names["pool"][[0, 1, 3, 4, 6, 7]].any()

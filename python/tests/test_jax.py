@@ -25,6 +25,8 @@ def test_arrays_that_cannot_be_changed():
     x = {name: jax.numpy.asarray(array) for name, array in inputs().items()}
     with pytest.raises(gatedelta.InvalidArgument, match="state: is written, but jax arrays cannot be changed"):
         gatedelta.forward(**x, state=jax.numpy.zeros((2, 4, 24, 16)))
+    with pytest.raises(gatedelta.InvalidArgument, match="state: is written, but jax arrays cannot be changed"):
+        gatedelta.ReplayWindow(jax.numpy.zeros((2, 4, 24, 16)), k_heads=2)
 
 
 def test_results_have_memory_of_their_own():
