@@ -44,6 +44,8 @@ struct Names {
   GATEDELTA_NAME(is_cuda);
   GATEDELTA_NAME(get_device);
   GATEDELTA_NAME(new_empty);
+  GATEDELTA_NAME(block_until_ready);
+  GATEDELTA_NAME(sharding);
 #undef GATEDELTA_NAME
 };
 
@@ -169,8 +171,8 @@ TensorView Arrays::view(const char* name, nb::handle array, bool written) {
       return view_torch(name, array);
     case Framework::jax:
       if (written && !fresh_) fail_read_only(name, "jax arrays cannot be changed (leave outputs out, pass state_in for state)");
-      (void)array.attr("block_until_ready")();  // they may still be computed
-      return view_dlpack(name, array, written);
+      (void)call_method(array, names().block_until_ready);  // they may still be computed
+      return view_jax(name, array, written);
     case Framework::cuda_interface:
       return view_cuda_interface(name, array, written);
     case Framework::dlpack:
@@ -201,6 +203,29 @@ TensorView Arrays::view_numpy(const char* name, nb::handle array, bool written) 
   set_rank(name, view, source->rank);
   for (int i = 0; i < view.rank; ++i) view.shape[i] = source->shape[i];
   set_byte_strides(name, view, [&](int i) { return static_cast<std::int64_t>(source->strides[i]); });
+  return view;
+}
+
+TensorView Arrays::view_jax(const char* name, nb::handle array, bool written) {
+  // Four times as fast as DLPack, but only for host memory and types that it has letters for.
+  PyObject* memory = jax_buffers_ ? PyMemoryView_FromObject(array.ptr()) : nullptr;
+  if (memory == nullptr) {
+    PyErr_Clear();
+    jax_buffers_ = false;
+    return view_dlpack(name, array, written);
+  }
+  kept_.push_back(memory);
+  const Py_buffer& source = *PyMemoryView_GET_BUFFER(memory);
+  TensorView view;
+  const char letter = source.format == nullptr ? 'B' : source.format[std::strlen(source.format) - 1];
+  const char kind = letter == 'f' || letter == 'e' ? 'f' : letter == 'i' || letter == 'l' || letter == 'q' ? 'i' : 'V';
+  const std::optional<DType> dtype = number_type(kind, static_cast<int>(source.itemsize));
+  if (!dtype) fail_dtype(name, text(attribute(array, names().dtype)));
+  view.dtype = *dtype;
+  view.data = source.buf;
+  set_rank(name, view, source.ndim);
+  for (int i = 0; i < view.rank; ++i) view.shape[i] = source.shape[i];
+  set_byte_strides(name, view, [&](int i) { return static_cast<std::int64_t>(source.strides[i]); });
   return view;
 }
 
@@ -340,20 +365,19 @@ nb::object Arrays::allocate(const char* name, nb::handle like, nb::handle dtype_
   if (framework == Framework::torch) {
     const nb::object dtype = dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::borrow(torch_types().f32);
     made = attribute(like, names().new_empty)(sizes, nb::arg("dtype") = dtype);
+  } else if (framework == Framework::jax) {
+    static const nb::handle empty = nb::getattr(nb::module_::import_("gatedelta._jax"), "empty").release();
+    made =
+        empty(sizes, dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::none(), attribute(like, names().sharding));
   } else {
-    const std::string module = framework == Framework::numpy ? "numpy"
-                               : framework == Framework::jax
-                                   ? "jax.numpy"
-                                   : nb::cast<std::string>(nb::handle(Py_TYPE(like.ptr())).attr("__module__"));
+    const std::string module =
+        framework == Framework::numpy ? "numpy" : nb::cast<std::string>(nb::handle(Py_TYPE(like.ptr())).attr("__module__"));
     const std::string root = module.substr(0, module.find('.'));
-    if (root != "numpy" && root != "jax" && root != "cupy")
+    if (root != "numpy" && root != "cupy")
       fail(name, "required: there is no way to allocate arrays of type " + std::string(Py_TYPE(like.ptr())->tp_name));
-    const nb::object library = nb::module_::import_(root == "jax" ? "jax.numpy" : root.c_str());
+    const nb::object library = nb::module_::import_(root.c_str());
     const nb::object dtype = dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::object(library.attr("float32"));
-    if (root == "jax")
-      made = nb::module_::import_("gatedelta._jax").attr("empty")(sizes, dtype, like.attr("sharding"));
-    else
-      made = library.attr("empty")(sizes, dtype);
+    made = library.attr("empty")(sizes, dtype);
   }
   fresh_ = true;
   out = view(name, made, true);

@@ -46,13 +46,15 @@ class Arrays {
   TensorView view(const char* name, nb::handle array, bool written);
   TensorView view_numpy(const char* name, nb::handle array, bool written);
   TensorView view_torch(const char* name, nb::handle array);
+  TensorView view_jax(const char* name, nb::handle array, bool written);
   TensorView view_cuda_interface(const char* name, nb::handle array, bool written);
   TensorView view_dlpack(const char* name, nb::handle array, bool written);
 
   std::vector<PyObject*> kept_;
   std::optional<std::uintptr_t> interface_stream_;
   bool must_wait_ = false;
-  bool fresh_ = false;  // the array in view() was made by allocate()
+  bool fresh_ = false;       // the array in view() was made by allocate()
+  bool jax_buffers_ = true;  // JAX's arrays may have buffers that Python can look at
 };
 
 Framework framework_of(nb::handle array);

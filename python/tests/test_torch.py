@@ -78,6 +78,53 @@ def operator_calls(device):
     }
 
 
+def test_operators_eagerly(device):
+    """torch.ops.gatedelta.* give what the functions give, which do without them."""
+    for name, (operator, args, kwargs) in operator_calls(device).items():
+        copies = [x.clone() for x in args]
+        result = operator(*args, **kwargs)
+        if name == "commit":
+            gatedelta.commit(*copies)
+            assert torch.equal(copies[2], args[2]) and args[2].any()
+            continue
+        kwargs = {key: value for key, value in operator_calls(device)[name][2].items() if value is not None}
+        pool = kwargs.pop("read_only_state", None)
+        wanted = gatedelta.forward(*copies[:3], **kwargs, **({} if pool is None else {"state": pool, "update_state": False}))
+        assert torch.equal(args[3] if name == "out" else result, wanted)
+
+
+def test_who_has_to_see_an_operator():
+    """Modes and tracers do, and autograd hears of what is written, whichever way is taken."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, pool = tensors("cpu"), pool_of("cpu")
+    slots = torch.tensor([4, 1])
+    gatedelta.torch.forward(**x, state=pool, read_slots=slots)
+    assert pool._version == 1
+    gatedelta.torch.forward(**x, state=pool, read_slots=slots, update_state=False)
+    assert pool._version == 1
+    with Mode():
+        gatedelta.torch.forward(**x, state=pool, read_slots=slots)
+    assert seen == ["gatedelta.forward.default"] and pool._version > 1
+    names = list(x)
+    traced = make_fx(lambda *values: gatedelta.torch.forward(**dict(zip(names, values))))(*x.values())
+    assert "gatedelta.forward" in traced.code
+    with torch.inference_mode():
+        assert error(host(gatedelta.torch.forward(**x)), expected(arrays(x))[0]) < 2e-6
+    snapshots = torch.zeros(2, 1, 4, 24, 16)
+    before = pool._version
+    gatedelta.torch.commit(snapshots, torch.ones(2, dtype=torch.int32), pool, slots)
+    assert pool._version == before + 1 and not pool[slots].any()
+
+
 @pytest.mark.parametrize("name", ["decode", "given state", "read only", "out", "commit"])
 def test_opcheck(device, name):
     operator, args, kwargs = operator_calls(device)[name]
