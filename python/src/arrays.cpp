@@ -124,11 +124,16 @@ Framework classify(PyTypeObject* type) {
 /// torch's dtype objects, looked up once torch is there.
 struct TorchTypes {
   PyObject *f32, *f16, *bf16, *i32, *i64, *raw_stream;
+  int (*borrow)(void*, DLTensor*) = nullptr;  // null in releases that do not have it
   TorchTypes() {
     const nb::object torch = nb::module_::import_("torch");
     const auto get = [&](const char* name) { return nb::getattr(torch, name).release().ptr(); };
     f32 = get("float32"), f16 = get("float16"), bf16 = get("bfloat16"), i32 = get("int32"), i64 = get("int64");
     raw_stream = nb::getattr(torch.attr("_C"), "_cuda_getCurrentRawStream", nb::none()).release().ptr();
+    const nb::object table = nb::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", nb::none());
+    if (!PyCapsule_IsValid(table.ptr(), "dlpack_exchange_api")) return;
+    const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
+    if (api->major == 1) borrow = api->borrow;
   }
 };
 
@@ -145,6 +150,8 @@ std::optional<DType> number_type(char kind, int bytes) {
   if (kind == 'i' && bytes == 8) return DType::i64;
   return std::nullopt;
 }
+
+bool on_cuda(std::int32_t dlpack_device) { return dlpack_device == dl_cuda || dlpack_device == dl_cuda_managed; }
 
 }  // namespace
 
@@ -232,6 +239,11 @@ TensorView Arrays::view_jax(const char* name, nb::handle array, bool written) {
 TensorView Arrays::view_torch(const char* name, nb::handle array) {
   const Names& n = names();
   const TorchTypes& types = torch_types();
+  if (types.borrow != nullptr) {
+    DLTensor source;
+    if (types.borrow(array.ptr(), &source) == 0) return view_dltensor(name, array, source);
+    PyErr_Clear();  // it is none of ours; what follows says why
+  }
   TensorView view;
   const nb::object dtype = attribute(array, n.dtype);
   if (dtype.ptr() == types.bf16)
@@ -300,7 +312,6 @@ TensorView Arrays::view_dlpack(const char* name, nb::handle array, bool written)
   }
   nb::object capsule;
   const nb::object method = attribute(array, names().__dlpack__);
-  const auto on_cuda = [](std::int32_t type) { return type == dl_cuda || type == dl_cuda_managed; };
   // 1 is the legacy default stream, which forward() then runs on.
   const auto export_to = [&](bool versioned) {
     nb::dict options;
@@ -329,29 +340,33 @@ TensorView Arrays::view_dlpack(const char* name, nb::handle array, bool written)
   // The capsule is not renamed: dropping it hands the memory back.
   kept_.push_back(capsule.release().ptr());
   if (written && read_only && !fresh_) fail_read_only(name, "the array is read-only");
+  const TensorView view = view_dltensor(name, array, *source);
+  must_wait_ = must_wait_ || view.device.type == DeviceType::cuda;
+  return view;
+}
+
+TensorView Arrays::view_dltensor(const char* name, nb::handle array, const DLTensor& source) {
   TensorView view;
   std::optional<DType> dtype;
-  if (source->dtype.lanes == 1) {
-    const char kind = source->dtype.code == dl_float ? 'f' : source->dtype.code == dl_int ? 'i' : 'V';
-    dtype = number_type(kind, source->dtype.bits / 8);
-    if (source->dtype.code == dl_bfloat && source->dtype.bits == 16) dtype = DType::bf16;
+  if (source.dtype.lanes == 1) {
+    const char kind = source.dtype.code == dl_float ? 'f' : source.dtype.code == dl_int ? 'i' : 'V';
+    dtype = number_type(kind, source.dtype.bits / 8);
+    if (source.dtype.code == dl_bfloat && source.dtype.bits == 16) dtype = DType::bf16;
   }
   if (!dtype) fail_dtype(name, text(nb::getattr(array, "dtype", nb::str("another one"))));
   view.dtype = *dtype;
-  const std::int32_t found_type = source->device.type;
-  if (on_cuda(found_type)) {
-    view.device = {DeviceType::cuda, source->device.id};
-    must_wait_ = true;
-  } else if (found_type != dl_cpu && found_type != dl_cuda_host) {
+  const std::int32_t found_type = source.device.type;
+  if (on_cuda(found_type))
+    view.device = {DeviceType::cuda, source.device.id};
+  else if (found_type != dl_cpu && found_type != dl_cuda_host)
     fail(name, "expected memory of the host or a CUDA device, got DLPack device " + std::to_string(found_type));
-  }
-  set_rank(name, view, source->ndim);
-  for (int i = 0; i < view.rank; ++i) view.shape[i] = source->shape[i];
-  if (source->strides != nullptr)
-    for (int i = 0; i < view.rank; ++i) view.strides[i] = source->strides[i];
+  set_rank(name, view, source.ndim);
+  for (int i = 0; i < view.rank; ++i) view.shape[i] = source.shape[i];
+  if (source.strides != nullptr)
+    for (int i = 0; i < view.rank; ++i) view.strides[i] = source.strides[i];
   else
     set_dense_strides(view);
-  view.data = static_cast<char*>(source->data) + source->byte_offset;
+  view.data = static_cast<char*>(source.data) + source.byte_offset;
   return view;
 }
 

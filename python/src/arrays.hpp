@@ -16,6 +16,8 @@ namespace gatedelta::python {
 
 namespace nb = nanobind;
 
+struct DLTensor;
+
 enum class Framework : std::uint8_t { none, numpy, torch, jax, cuda_interface, dlpack };
 
 /// The arrays of one call. It keeps what they are exported through until the call has been made.
@@ -49,6 +51,7 @@ class Arrays {
   TensorView view_jax(const char* name, nb::handle array, bool written);
   TensorView view_cuda_interface(const char* name, nb::handle array, bool written);
   TensorView view_dlpack(const char* name, nb::handle array, bool written);
+  static TensorView view_dltensor(const char* name, nb::handle array, const DLTensor& source);
 
   std::vector<PyObject*> kept_;
   std::optional<std::uintptr_t> interface_stream_;

@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from reference import error, expected, inputs
@@ -212,3 +215,32 @@ def test_cupy_and_jax_on_cuda():
     if shown["q"].device.platform == "gpu":
         o = gatedelta.forward(**shown)
         assert isinstance(o, jax.Array) and error(np.asarray(o), wanted) < 2e-6
+
+
+def test_tensors_of_any_kind():
+    """Parameters, views and tensors that need a gradient are memory like others."""
+    x = tensors("cpu")
+    wanted = gatedelta.forward(**x)
+    assert torch.equal(wanted, gatedelta.forward(**{name: torch.nn.Parameter(tensor) for name, tensor in x.items()}))
+    assert torch.equal(wanted[1:], gatedelta.forward(**{n: y[1:] if y.dim() > 1 else y for n, y in x.items()}))
+    turned = {name: y.transpose(0, 1).contiguous().transpose(0, 1) if y.dim() > 1 else y for name, y in x.items()}
+    assert turned["q"].stride() != x["q"].stride() and torch.equal(wanted, gatedelta.forward(**turned))
+    for dtype in (torch.int16, torch.complex64, torch.float64):
+        with pytest.raises(gatedelta.InvalidArgument, match=f"q: expected dtype .*, got {dtype}"):
+            gatedelta.forward(**{**x, "q": x["q"].to(dtype)})
+
+
+def test_releases_without_the_table_of_functions():
+    """Older ones are asked for a tensor's attributes instead."""
+    code = """
+import torch, gatedelta
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"): del torch.Tensor.__dlpack_c_exchange_api__
+q, k, v = (torch.linspace(-1, 1, 24).reshape(1, 2, 3, 4).transpose(1, 2).to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
+pool, slots = torch.ones(2, 2, 4, 4), torch.tensor([1])
+o = gatedelta.forward(q, k, v, state=pool, read_slots=slots)
+wanted = torch.ones(1, 2, 4, 4)
+other, wanted = gatedelta.forward(q.numpy(), k.numpy(), v.float().numpy(), state_in=wanted.numpy(), state_out=True)
+assert o.dtype == torch.bfloat16 and abs(o.float().numpy() - other).max() < 8e-3
+assert abs(pool[1].numpy() - wanted[0]).max() < 1e-6 and (pool[0] == 1).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
