@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "cuda_kernels.hpp"
+#include "device/memory.hpp"
 #include "gatedelta/backend.hpp"
 #include "gatedelta/error.hpp"
 #include "platform.hpp"
@@ -74,8 +75,6 @@ class Graph {
   cudaGraphExec_t executable_ = nullptr;
   Event begin_, end_;
 };
-
-std::string version_text(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
 
 class CudaPlatform final : public Platform {
  public:
@@ -158,14 +157,12 @@ class CudaPlatform final : public Platform {
   }
   std::string limit_description() const override { return "16-byte vectors, streaming"; }
   std::vector<std::pair<std::string, std::string>> facts() const override {
-    int driver = 0, runtime = 0;
-    require(cudaDriverGetVersion(&driver), "driver version");
-    require(cudaRuntimeGetVersion(&runtime), "runtime version");
+    const device::CudaVersions versions = device::cuda_versions();
     return {{"compute_capability", std::to_string(properties_.major) + "." + std::to_string(properties_.minor)},
             {"multiprocessors", std::to_string(properties_.multiProcessorCount)},
             {"driver", tool::nvidia_driver()},
-            {"cuda_driver", version_text(driver)},
-            {"cuda_runtime", version_text(runtime)}};
+            {"cuda_driver", versions.driver},
+            {"cuda_runtime", versions.runtime}};
   }
 
  private:

@@ -26,7 +26,6 @@ struct Problem {
   bool initial_state = false;         ///< a pool or state_in is read
   bool store_final = false;           ///< the last state of a row is stored
   bool store_tokens = false;          ///< token_slots are written
-  bool other_slots = false;           ///< a row may store to a pool slot that it did not read (write_slots, token_slots)
   bool snapshots = false;             ///< snapshots are written
   bool accepted = false;              ///< rows start from token_slots[n, accepted[n]-1]
   bool window = false;                ///< a replay window, or one of the calls for windows alone

@@ -117,6 +117,32 @@ typedef struct gatedelta_config {
   int64_t null_slot;               /**< a slot <= null_slot marks padding; default -1 */
 } gatedelta_config;
 
+/** Sizes of replay windows (window.hpp says what these are), by gatedelta_window_layout_init(). Read them, do not set them. */
+typedef struct gatedelta_window_layout {
+  uint64_t size;           /**< sizeof(gatedelta_window_layout) */
+  int64_t slots;           /**< of the pool */
+  int64_t capacity;        /**< W: the entries of a slot, 4 to 64 */
+  int64_t ring;            /**< R = W + the most tokens of a step */
+  int64_t k_heads;         /**< HK */
+  int64_t heads;           /**< H */
+  int64_t key_dim;         /**< K */
+  int64_t value_dim;       /**< V */
+  gatedelta_dtype entries; /**< of keys and corrections: f32 or bf16 */
+  int32_t reserved;        /**< 0 */
+  uint64_t layer_bytes;    /**< memory of the windows of one layer */
+  uint64_t record_bytes;   /**< memory of the record, once for all layers */
+} gatedelta_window_layout;
+
+/** The replay windows of one layer, in the caller's memory. */
+typedef struct gatedelta_window {
+  uint64_t size;                         /**< sizeof(gatedelta_window) */
+  const gatedelta_window_layout* layout; /**< sizes */
+  void* layer;                           /**< layout->layer_bytes, 256-byte aligned; null: the record alone is meant */
+  void* record;                          /**< layout->record_bytes, 256-byte aligned, the same for all layers; reset it once */
+  gatedelta_device_type device_type;     /**< where both are */
+  int32_t device_index;                  /**< ordinal of the device; 0 for host memory */
+} gatedelta_window;
+
 /** One call: gatedelta::Arguments, which has all rules. Fill with gatedelta_arguments_init(), then set what is used. */
 typedef struct gatedelta_arguments {
   uint64_t size;                       /**< sizeof(gatedelta_arguments) */
@@ -144,6 +170,8 @@ typedef struct gatedelta_arguments {
   void* stream;                        /**< cudaStream_t for device backends; host backends ignore it */
   void* workspace;                     /**< gatedelta_workspace_size() bytes on the tensors' device, 256-byte aligned */
   uint64_t workspace_size;             /**< bytes of `workspace` */
+  const gatedelta_window* window;      /**< of this layer: `state` has checkpoints, and the tokens are appended; default null */
+  const gatedelta_tensor* parent;      /**< [B,T] i32, with a window: draft trees; default null */
 } gatedelta_arguments;
 
 /** After verification with snapshots: state[write_slots[n]] = snapshots[n, accepted[n]-1]. */
@@ -155,6 +183,47 @@ typedef struct gatedelta_commit_arguments {
   const gatedelta_tensor* write_slots; /**< [N], i32 or i64; rows <= null_slot are skipped */
   void* stream;                        /**< cudaStream_t for device backends */
 } gatedelta_commit_arguments;
+
+/** Once a step, after gatedelta_forward() of all layers: slot n keeps accepted[n] of its T tokens (gatedelta::AcceptArguments).
+ */
+typedef struct gatedelta_accept_arguments {
+  uint64_t size;                      /**< sizeof(gatedelta_accept_arguments) */
+  const gatedelta_window* window;     /**< its record is read and written */
+  const gatedelta_tensor* slots;      /**< [N], i32 or i64; null: row n has slot n. Slots <= null_slot are skipped */
+  const gatedelta_tensor* accepted;   /**< [N], i32, 0..T */
+  const gatedelta_tensor* cu_seqlens; /**< [N+1], i32 or i64, as in the calls of this step; or null */
+  const gatedelta_tensor* path;       /**< [N,>=accepted], i32, for trees: the tokens that stay, ascending; null: the first */
+  int64_t tokens;                     /**< T of each row, unless cu_seqlens are given */
+  void* stream;                       /**< cudaStream_t for device backends */
+} gatedelta_accept_arguments;
+
+/** Empties the windows of slots: once for every slot, and for each that starts a new sequence (gatedelta::ResetArguments). */
+typedef struct gatedelta_reset_arguments {
+  uint64_t size;                  /**< sizeof(gatedelta_reset_arguments) */
+  const gatedelta_window* window; /**< its record is written */
+  const gatedelta_tensor* slots;  /**< [N], i32 or i64; null: all. Slots <= null_slot are skipped */
+  void* stream;                   /**< cudaStream_t for device backends */
+} gatedelta_reset_arguments;
+
+/** The states that checkpoints and windows of a layer stand for (gatedelta::FoldArguments). */
+typedef struct gatedelta_fold_arguments {
+  uint64_t size;                  /**< sizeof(gatedelta_fold_arguments) */
+  const gatedelta_window* window; /**< of the layer; only read */
+  const gatedelta_tensor* state;  /**< [slots,H,V,K]; written by gatedelta_window_fold() */
+  const gatedelta_tensor* slots;  /**< [N], i32 or i64; slots <= null_slot are skipped */
+  const gatedelta_tensor* out;    /**< [N,H,V,K], f32, f16 or bf16; written by gatedelta_window_state_of(); else null */
+  void* stream;                   /**< cudaStream_t for device backends */
+} gatedelta_fold_arguments;
+
+/** Slot to[n] becomes a copy of slot from[n] (gatedelta::ForkArguments). */
+typedef struct gatedelta_fork_arguments {
+  uint64_t size;                  /**< sizeof(gatedelta_fork_arguments) */
+  const gatedelta_window* window; /**< of the layer, or with a null `layer` the record */
+  const gatedelta_tensor* state;  /**< [slots,H,V,K], read and written; null: the record is copied */
+  const gatedelta_tensor* from;   /**< [N], i32 or i64 */
+  const gatedelta_tensor* to;     /**< [N], i32 or i64 */
+  void* stream;                   /**< cudaStream_t for device backends */
+} gatedelta_fork_arguments;
 
 /** An operator: configured once, called many times, also from several threads at once. */
 typedef struct gatedelta_rule gatedelta_rule;
@@ -180,12 +249,28 @@ static inline gatedelta_tensor gatedelta_view(void* data, gatedelta_dtype dtype,
   return view;
 }
 
-/** Sets every field to its default. `size` is sizeof(gatedelta_config); the same in the two functions below. */
+/** Sets every field to its default. `size` is sizeof(gatedelta_config); the same in the functions below. */
 GATEDELTA_API gatedelta_status gatedelta_config_init(gatedelta_config* config, size_t size);
 /** Sets every field to its default: no tensor. */
 GATEDELTA_API gatedelta_status gatedelta_arguments_init(gatedelta_arguments* arguments, size_t size);
 /** Sets every field to its default: no tensor. */
 GATEDELTA_API gatedelta_status gatedelta_commit_arguments_init(gatedelta_commit_arguments* arguments, size_t size);
+
+/** Sets every field to its default: no tensor. */
+GATEDELTA_API gatedelta_status gatedelta_accept_arguments_init(gatedelta_accept_arguments* arguments, size_t size);
+/** Sets every field to its default: no tensor. */
+GATEDELTA_API gatedelta_status gatedelta_reset_arguments_init(gatedelta_reset_arguments* arguments, size_t size);
+/** Sets every field to its default: no tensor. */
+GATEDELTA_API gatedelta_status gatedelta_fold_arguments_init(gatedelta_fold_arguments* arguments, size_t size);
+/** Sets every field to its default: no tensor. */
+GATEDELTA_API gatedelta_status gatedelta_fork_arguments_init(gatedelta_fork_arguments* arguments, size_t size);
+/** Sets every field to its default: host memory, no addresses. */
+GATEDELTA_API gatedelta_status gatedelta_window_init(gatedelta_window* window, size_t size);
+/** Computes the sizes of replay windows. `slots`: of the pool; `capacity`: W, 4 to 64; `entries`: bf16 or f32; `max_tokens`:
+ * the most tokens of a row in one call, 1 to W, or 0: W. */
+GATEDELTA_API gatedelta_status gatedelta_window_layout_init(gatedelta_window_layout* layout, size_t size,
+                                                            const gatedelta_config* config, int64_t slots, int64_t capacity,
+                                                            gatedelta_dtype entries, int64_t max_tokens);
 
 /** Makes an operator, to be freed with gatedelta_rule_destroy(). `backend` is a name, or "auto": for each call the first one
  * that is available, supports it and reaches the tensors' memory. Null or empty: the environment variable GATEDELTA_BACKEND,
@@ -198,6 +283,16 @@ GATEDELTA_API void gatedelta_rule_destroy(gatedelta_rule* rule);
 GATEDELTA_API gatedelta_status gatedelta_forward(const gatedelta_rule* rule, const gatedelta_arguments* arguments);
 /** Copies accepted snapshots into the pool. */
 GATEDELTA_API gatedelta_status gatedelta_commit(const gatedelta_rule* rule, const gatedelta_commit_arguments* arguments);
+/** Keeps the accepted tokens of the last gatedelta_forward() in the replay windows: once for all layers. */
+GATEDELTA_API gatedelta_status gatedelta_window_accept(const gatedelta_rule* rule, const gatedelta_accept_arguments* arguments);
+/** Empties replay windows: once for all layers. */
+GATEDELTA_API gatedelta_status gatedelta_window_reset(const gatedelta_rule* rule, const gatedelta_reset_arguments* arguments);
+/** Folds replay windows of one layer into its checkpoints. After the last layer, reset the slots. */
+GATEDELTA_API gatedelta_status gatedelta_window_fold(const gatedelta_rule* rule, const gatedelta_fold_arguments* arguments);
+/** Writes the states of one layer that checkpoints and windows stand for to `out`; changes nothing else. */
+GATEDELTA_API gatedelta_status gatedelta_window_state_of(const gatedelta_rule* rule, const gatedelta_fold_arguments* arguments);
+/** Forks sequences: those of one layer, or the record. */
+GATEDELTA_API gatedelta_status gatedelta_window_copy(const gatedelta_rule* rule, const gatedelta_fork_arguments* arguments);
 /** Bytes of workspace that gatedelta_forward() of these arguments needs (0 for the host backends). */
 GATEDELTA_API gatedelta_status gatedelta_workspace_size(const gatedelta_rule* rule, const gatedelta_arguments* arguments,
                                                         size_t* bytes);
@@ -212,6 +307,19 @@ GATEDELTA_API gatedelta_status gatedelta_validate(const gatedelta_config* config
 /** Checks a commit against a configuration. No tensor is read. */
 GATEDELTA_API gatedelta_status gatedelta_validate_commit(const gatedelta_config* config,
                                                          const gatedelta_commit_arguments* arguments);
+
+/** Checks the arguments of gatedelta_window_accept(). No tensor is read; the same in the functions below. */
+GATEDELTA_API gatedelta_status gatedelta_validate_accept(const gatedelta_config* config,
+                                                         const gatedelta_accept_arguments* arguments);
+/** Checks the arguments of gatedelta_window_reset(). */
+GATEDELTA_API gatedelta_status gatedelta_validate_reset(const gatedelta_config* config,
+                                                        const gatedelta_reset_arguments* arguments);
+/** Checks the arguments of gatedelta_window_fold() or gatedelta_window_state_of(). */
+GATEDELTA_API gatedelta_status gatedelta_validate_fold(const gatedelta_config* config,
+                                                       const gatedelta_fold_arguments* arguments);
+/** Checks the arguments of gatedelta_window_copy(). */
+GATEDELTA_API gatedelta_status gatedelta_validate_fork(const gatedelta_config* config,
+                                                       const gatedelta_fork_arguments* arguments);
 
 /** The number of backends. */
 GATEDELTA_API gatedelta_status gatedelta_backend_count(size_t* count);

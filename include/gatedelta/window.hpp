@@ -64,6 +64,7 @@ struct WindowLayout {
 GATEDELTA_API WindowLayout window_layout(const Config& config, std::int64_t slots, std::int64_t capacity,
                                          DType entries = DType::bf16, std::int64_t max_tokens = 0);
 /// Views of `layer_bytes` and `record_bytes` of the caller's memory, 256-byte aligned. The record has to be `reset` once.
+/// Without a layer (null) it is the record alone, for the calls that need no more.
 GATEDELTA_API ReplayWindow window_at(const WindowLayout& layout, void* layer, void* record, Device device = {});
 
 /// Once a step, after forward() of all layers: slot n keeps `accepted[n]` of its T tokens, so that its length becomes

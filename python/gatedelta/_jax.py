@@ -8,8 +8,9 @@ import jax
 
 @functools.lru_cache(maxsize=4096)
 def _maker(shape, dtype, sharding):
-    return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)
+    return jax.jit(lambda: jax.numpy.zeros(shape, dtype or jax.numpy.float32), out_shardings=sharding)
 
 
 def empty(shape, dtype, sharding):
+    """`dtype` None: float32."""
     return _maker(shape, dtype, sharding)()

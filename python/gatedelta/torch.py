@@ -2,8 +2,8 @@
 """The operator as custom operators of PyTorch, for torch.compile, torch.export and CUDA graphs.
 
 Importing this module registers torch.ops.gatedelta.forward, forward_out and commit. The state pool, state_out and snapshots are
-declared as mutated, so that compiled programs keep the order of calls. Without torch.compile, gatedelta.forward takes the same
-tensors with less overhead.
+declared as mutated, so that compiled programs keep the order of calls. forward and commit of this module call the operators where
+that makes a difference, and otherwise do without PyTorch's dispatch of them, which takes longer than all else of a call.
 """
 
 import torch
@@ -88,6 +88,25 @@ def _(*values):
     return None
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _needs_operator(tensors):
+    """Whether somebody has to see an operator: a compiler or a tracer, a mode or a subclass of tensors, or autograd."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return True
+    grad = torch.is_grad_enabled()
+    for x in tensors:  # a loop: any() of a generator takes microseconds
+        if x is not None and (type(x) not in _PLAIN or (grad and x.requires_grad)) and x is not True and x is not False:
+            return True
+    return False
+
+
+def _written(*tensors):
+    """Tells autograd, as PyTorch does of what operators mutate."""
+    torch.autograd.graph.increment_version([x for x in tensors if x is not None and x is not True and x is not False])
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -121,9 +140,20 @@ def forward(
     backend: str | None = None,
 ):
     """gatedelta.forward as an operator that torch.compile and torch.export understand: same arguments (but `stream`, which is
-    the current one), same results. state_out must not share memory with state_in: for a state that is updated in place, pass
-    it as `state`.
+    the current one, and `window`), same results. state_out must not share memory with state_in: for a state that is updated in
+    place, pass it as `state`.
     """
+    if not _needs_operator((q, k, v, o, a, A_log, dt_bias, g, b, beta, state, read_slots, write_slots, token_slots, accepted,
+                            state_in, state_out, snapshots, cu_seqlens)):  # fmt: skip
+        result = _core.forward(
+            q, k, v, o, a=a, A_log=A_log, dt_bias=dt_bias, g=g, b=b, beta=beta, state=state, read_slots=read_slots,
+            write_slots=write_slots, token_slots=token_slots, accepted=accepted, state_in=state_in, state_out=state_out,
+            snapshots=snapshots, cu_seqlens=cu_seqlens, update_state=update_state, scale=scale, qk_l2norm=qk_l2norm,
+            l2_eps=l2_eps, softplus_beta=softplus_beta, softplus_threshold=softplus_threshold,
+            negative_eigenvalues=negative_eigenvalues, null_slot=null_slot, num_threads=num_threads, backend=backend,
+        )  # fmt: skip
+        _written(o, state if update_state else None, state_out, snapshots)
+        return result
     batch, tokens, heads, value_dim = _sizes(q, k, v)
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     like = state_in if state_in is not None else state
@@ -157,4 +187,8 @@ def commit(
     backend: str | None = None,
 ) -> None:
     """gatedelta.commit as an operator that torch.compile and torch.export understand."""
+    if not _needs_operator((snapshots, accepted, state, write_slots)):
+        _core.commit(snapshots, accepted, state, write_slots, null_slot=null_slot, backend=backend)
+        _written(state)
+        return
     torch.ops.gatedelta.commit(snapshots, accepted, state, write_slots, null_slot, backend)

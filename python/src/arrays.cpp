@@ -44,6 +44,8 @@ struct Names {
   GATEDELTA_NAME(is_cuda);
   GATEDELTA_NAME(get_device);
   GATEDELTA_NAME(new_empty);
+  GATEDELTA_NAME(block_until_ready);
+  GATEDELTA_NAME(sharding);
 #undef GATEDELTA_NAME
 };
 
@@ -122,11 +124,16 @@ Framework classify(PyTypeObject* type) {
 /// torch's dtype objects, looked up once torch is there.
 struct TorchTypes {
   PyObject *f32, *f16, *bf16, *i32, *i64, *raw_stream;
+  int (*borrow)(void*, DLTensor*) = nullptr;  // null in releases that do not have it
   TorchTypes() {
     const nb::object torch = nb::module_::import_("torch");
     const auto get = [&](const char* name) { return nb::getattr(torch, name).release().ptr(); };
     f32 = get("float32"), f16 = get("float16"), bf16 = get("bfloat16"), i32 = get("int32"), i64 = get("int64");
     raw_stream = nb::getattr(torch.attr("_C"), "_cuda_getCurrentRawStream", nb::none()).release().ptr();
+    const nb::object table = nb::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", nb::none());
+    if (!PyCapsule_IsValid(table.ptr(), "dlpack_exchange_api")) return;
+    const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
+    if (api->major == 1) borrow = api->borrow;
   }
 };
 
@@ -143,6 +150,8 @@ std::optional<DType> number_type(char kind, int bytes) {
   if (kind == 'i' && bytes == 8) return DType::i64;
   return std::nullopt;
 }
+
+bool on_cuda(std::int32_t dlpack_device) { return dlpack_device == dl_cuda || dlpack_device == dl_cuda_managed; }
 
 }  // namespace
 
@@ -169,8 +178,8 @@ TensorView Arrays::view(const char* name, nb::handle array, bool written) {
       return view_torch(name, array);
     case Framework::jax:
       if (written && !fresh_) fail_read_only(name, "jax arrays cannot be changed (leave outputs out, pass state_in for state)");
-      (void)array.attr("block_until_ready")();  // they may still be computed
-      return view_dlpack(name, array, written);
+      (void)call_method(array, names().block_until_ready);  // they may still be computed
+      return view_jax(name, array, written);
     case Framework::cuda_interface:
       return view_cuda_interface(name, array, written);
     case Framework::dlpack:
@@ -204,9 +213,37 @@ TensorView Arrays::view_numpy(const char* name, nb::handle array, bool written) 
   return view;
 }
 
+TensorView Arrays::view_jax(const char* name, nb::handle array, bool written) {
+  // Four times as fast as DLPack, but only for host memory and types that it has letters for.
+  PyObject* memory = jax_buffers_ ? PyMemoryView_FromObject(array.ptr()) : nullptr;
+  if (memory == nullptr) {
+    PyErr_Clear();
+    jax_buffers_ = false;
+    return view_dlpack(name, array, written);
+  }
+  kept_.push_back(memory);
+  const Py_buffer& source = *PyMemoryView_GET_BUFFER(memory);
+  TensorView view;
+  const char letter = source.format == nullptr ? 'B' : source.format[std::strlen(source.format) - 1];
+  const char kind = letter == 'f' || letter == 'e' ? 'f' : letter == 'i' || letter == 'l' || letter == 'q' ? 'i' : 'V';
+  const std::optional<DType> dtype = number_type(kind, static_cast<int>(source.itemsize));
+  if (!dtype) fail_dtype(name, text(attribute(array, names().dtype)));
+  view.dtype = *dtype;
+  view.data = source.buf;
+  set_rank(name, view, source.ndim);
+  for (int i = 0; i < view.rank; ++i) view.shape[i] = source.shape[i];
+  set_byte_strides(name, view, [&](int i) { return static_cast<std::int64_t>(source.strides[i]); });
+  return view;
+}
+
 TensorView Arrays::view_torch(const char* name, nb::handle array) {
   const Names& n = names();
   const TorchTypes& types = torch_types();
+  if (types.borrow != nullptr) {
+    DLTensor source;
+    if (types.borrow(array.ptr(), &source) == 0) return view_dltensor(name, array, source);
+    PyErr_Clear();  // it is none of ours; what follows says why
+  }
   TensorView view;
   const nb::object dtype = attribute(array, n.dtype);
   if (dtype.ptr() == types.bf16)
@@ -275,7 +312,6 @@ TensorView Arrays::view_dlpack(const char* name, nb::handle array, bool written)
   }
   nb::object capsule;
   const nb::object method = attribute(array, names().__dlpack__);
-  const auto on_cuda = [](std::int32_t type) { return type == dl_cuda || type == dl_cuda_managed; };
   // 1 is the legacy default stream, which forward() then runs on.
   const auto export_to = [&](bool versioned) {
     nb::dict options;
@@ -304,29 +340,33 @@ TensorView Arrays::view_dlpack(const char* name, nb::handle array, bool written)
   // The capsule is not renamed: dropping it hands the memory back.
   kept_.push_back(capsule.release().ptr());
   if (written && read_only && !fresh_) fail_read_only(name, "the array is read-only");
+  const TensorView view = view_dltensor(name, array, *source);
+  must_wait_ = must_wait_ || view.device.type == DeviceType::cuda;
+  return view;
+}
+
+TensorView Arrays::view_dltensor(const char* name, nb::handle array, const DLTensor& source) {
   TensorView view;
   std::optional<DType> dtype;
-  if (source->dtype.lanes == 1) {
-    const char kind = source->dtype.code == dl_float ? 'f' : source->dtype.code == dl_int ? 'i' : 'V';
-    dtype = number_type(kind, source->dtype.bits / 8);
-    if (source->dtype.code == dl_bfloat && source->dtype.bits == 16) dtype = DType::bf16;
+  if (source.dtype.lanes == 1) {
+    const char kind = source.dtype.code == dl_float ? 'f' : source.dtype.code == dl_int ? 'i' : 'V';
+    dtype = number_type(kind, source.dtype.bits / 8);
+    if (source.dtype.code == dl_bfloat && source.dtype.bits == 16) dtype = DType::bf16;
   }
   if (!dtype) fail_dtype(name, text(nb::getattr(array, "dtype", nb::str("another one"))));
   view.dtype = *dtype;
-  const std::int32_t found_type = source->device.type;
-  if (on_cuda(found_type)) {
-    view.device = {DeviceType::cuda, source->device.id};
-    must_wait_ = true;
-  } else if (found_type != dl_cpu && found_type != dl_cuda_host) {
+  const std::int32_t found_type = source.device.type;
+  if (on_cuda(found_type))
+    view.device = {DeviceType::cuda, source.device.id};
+  else if (found_type != dl_cpu && found_type != dl_cuda_host)
     fail(name, "expected memory of the host or a CUDA device, got DLPack device " + std::to_string(found_type));
-  }
-  set_rank(name, view, source->ndim);
-  for (int i = 0; i < view.rank; ++i) view.shape[i] = source->shape[i];
-  if (source->strides != nullptr)
-    for (int i = 0; i < view.rank; ++i) view.strides[i] = source->strides[i];
+  set_rank(name, view, source.ndim);
+  for (int i = 0; i < view.rank; ++i) view.shape[i] = source.shape[i];
+  if (source.strides != nullptr)
+    for (int i = 0; i < view.rank; ++i) view.strides[i] = source.strides[i];
   else
     set_dense_strides(view);
-  view.data = static_cast<char*>(source->data) + source->byte_offset;
+  view.data = static_cast<char*>(source.data) + source.byte_offset;
   return view;
 }
 
@@ -340,20 +380,19 @@ nb::object Arrays::allocate(const char* name, nb::handle like, nb::handle dtype_
   if (framework == Framework::torch) {
     const nb::object dtype = dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::borrow(torch_types().f32);
     made = attribute(like, names().new_empty)(sizes, nb::arg("dtype") = dtype);
+  } else if (framework == Framework::jax) {
+    static const nb::handle empty = nb::getattr(nb::module_::import_("gatedelta._jax"), "empty").release();
+    made =
+        empty(sizes, dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::none(), attribute(like, names().sharding));
   } else {
-    const std::string module = framework == Framework::numpy ? "numpy"
-                               : framework == Framework::jax
-                                   ? "jax.numpy"
-                                   : nb::cast<std::string>(nb::handle(Py_TYPE(like.ptr())).attr("__module__"));
+    const std::string module =
+        framework == Framework::numpy ? "numpy" : nb::cast<std::string>(nb::handle(Py_TYPE(like.ptr())).attr("__module__"));
     const std::string root = module.substr(0, module.find('.'));
-    if (root != "numpy" && root != "jax" && root != "cupy")
+    if (root != "numpy" && root != "cupy")
       fail(name, "required: there is no way to allocate arrays of type " + std::string(Py_TYPE(like.ptr())->tp_name));
-    const nb::object library = nb::module_::import_(root == "jax" ? "jax.numpy" : root.c_str());
+    const nb::object library = nb::module_::import_(root.c_str());
     const nb::object dtype = dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::object(library.attr("float32"));
-    if (root == "jax")
-      made = nb::module_::import_("gatedelta._jax").attr("empty")(sizes, dtype, like.attr("sharding"));
-    else
-      made = library.attr("empty")(sizes, dtype);
+    made = library.attr("empty")(sizes, dtype);
   }
   fresh_ = true;
   out = view(name, made, true);

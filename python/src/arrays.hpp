@@ -16,6 +16,8 @@ namespace gatedelta::python {
 
 namespace nb = nanobind;
 
+struct DLTensor;
+
 enum class Framework : std::uint8_t { none, numpy, torch, jax, cuda_interface, dlpack };
 
 /// The arrays of one call. It keeps what they are exported through until the call has been made.
@@ -46,13 +48,16 @@ class Arrays {
   TensorView view(const char* name, nb::handle array, bool written);
   TensorView view_numpy(const char* name, nb::handle array, bool written);
   TensorView view_torch(const char* name, nb::handle array);
+  TensorView view_jax(const char* name, nb::handle array, bool written);
   TensorView view_cuda_interface(const char* name, nb::handle array, bool written);
   TensorView view_dlpack(const char* name, nb::handle array, bool written);
+  static TensorView view_dltensor(const char* name, nb::handle array, const DLTensor& source);
 
   std::vector<PyObject*> kept_;
   std::optional<std::uintptr_t> interface_stream_;
   bool must_wait_ = false;
-  bool fresh_ = false;  // the array in view() was made by allocate()
+  bool fresh_ = false;       // the array in view() was made by allocate()
+  bool jax_buffers_ = true;  // JAX's arrays may have buffers that Python can look at
 };
 
 Framework framework_of(nb::handle array);

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-// The parts of two binary interfaces between array libraries that are used here: DLPack 1 and NumPy's __array_struct__.
+// The parts of binary interfaces between array libraries that are used here: DLPack 1 with its table of functions, and NumPy's
+// __array_struct__.
 namespace gatedelta::python {
 
 struct DLDevice {
@@ -44,6 +45,16 @@ struct DLManagedTensorVersioned {
   DLTensor tensor;
 };
 inline constexpr std::uint64_t dl_read_only = 1;
+
+/// In capsules named "dlpack_exchange_api", the attribute __dlpack_c_exchange_api__ of a type: from DLPack 1.2 on.
+struct DLPackExchangeAPI {
+  std::uint32_t major, minor;
+  DLPackExchangeAPI* previous;
+  void (*allocate)();  // these three are not called here
+  void (*to_managed)();
+  void (*from_managed)();
+  int (*borrow)(void* object, DLTensor* out);  ///< 0, or -1 with a Python exception; `out` is the object's
+};
 
 struct NumpyArray {
   int two;  ///< always 2

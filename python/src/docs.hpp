@@ -10,7 +10,8 @@ inline constexpr const char* forward_signature =
     "state: Array | None = None, read_slots: Array | None = None, write_slots: Array | None = None, "
     "token_slots: Array | None = None, accepted: Array | None = None, state_in: Array | None = None, "
     "state_out: Array | bool | None = None, snapshots: Array | bool | None = None, cu_seqlens: Array | None = None, "
-    "update_state: bool = True, scale: float | None = None, qk_l2norm: bool = True, l2_eps: float = 1e-6, "
+    "window: ReplayWindow | None = None, layer: int = 0, parent: Array | None = None, update_state: bool = True, scale: float "
+    "| None = None, qk_l2norm: bool = True, l2_eps: float = 1e-6, "
     "softplus_beta: float = 1.0, softplus_threshold: float = 20.0, negative_eigenvalues: bool = False, null_slot: int = -1, "
     "num_threads: int = 0, backend: str | None = None, stream: int | None = None) -> Any";
 
@@ -41,6 +42,9 @@ Tensors:
     state_in      [N,H,V,K], instead of a pool; no state at all is a zero state
     state_out     [N,H,V,K], written, or True for a new array (dtype of state_in, else float32)
     snapshots     [N,>=T,H,V,K], written: the state after each token; or True for a new array (dtype of the state, else float32)
+    window        a ReplayWindow, whose states take the place of `state`: read_slots pick states and windows of the rows, the
+                  tokens are appended, and states are written only where a window is full; `layer`: which of its layers
+    parent        [B,T] int32, with a window: the token's predecessor in a draft tree, an earlier token of its row or -1
     cu_seqlens    [N+1]: sequence n is tokens cu_seqlens[n] to cu_seqlens[n+1]-1 of the one batch row (B = 1). Otherwise N = B
 
 Options:
@@ -58,6 +62,69 @@ GIL is released. JAX arrays cannot be changed, so that o, state_out and snapshot
 update_state=False; JAX on CUDA waits for the result. Not differentiable.
 
 Raises InvalidArgument, Unsupported, OutOfMemory or DeviceError, all of them Error.)";
+
+inline constexpr const char* window_doc = R"(Replay windows: a step reads the states and does not write them.
+
+A slot keeps the last tokens (key, correction, decay) beside its state, which is then brought up to date about once in `capacity`
+tokens, and speculative decoding takes tokens back by setting a length. For each step:
+
+    forward(q, k, v, ..., read_slots=slots, window=window, layer=i)    once for each layer
+    window.accept(accepted, slots, tokens=T)                           once, for all layers
+
+Prefill a new sequence by forward(..., state=states[i]) after reset() of its slot.
+
+Arguments:
+    states      the pool [slots,H,V,K], or a list with one for each layer; kept, and written in place
+    k_heads     HK of the calls
+    capacity    W: the entries of a slot, 4 to 64; a call has at most W tokens for each row
+    entries     "bfloat16" or "float32": of keys and corrections
+    max_tokens  the most tokens of a row in one call, 1 to W; 0: W
+    null_slot, backend, stream: as in forward()
+
+The memory is of the library and on the device of the states. Raises Unsupported where no backend there has windows.)";
+
+inline constexpr const char* window_signature =
+    "def __init__(self, states: Array | Sequence[Array], *, k_heads: int, capacity: int = 16, entries: str = 'bfloat16', "
+    "max_tokens: int = 0, null_slot: int = -1, backend: str | None = None, stream: int | None = None) -> None";
+
+inline constexpr const char* accept_signature =
+    "def accept(self, accepted: Array, slots: Array | None = None, *, tokens: int | None = None, "
+    "cu_seqlens: Array | None = None, path: Array | None = None, stream: int | None = None) -> None";
+
+inline constexpr const char* accept_doc = R"(Keeps accepted tokens of the last step, in all layers.
+
+    accepted    [N] int32, 0..T: how many tokens of row n stay
+    slots       [N] int32 or int64, read_slots of the step; row n has slot n where it is left out
+    tokens      T of the step; or
+    cu_seqlens  [N+1], those of the step
+    path        [N,>=accepted] int32, with trees: which tokens stay, ascending; the first ones where it is left out)";
+
+inline constexpr const char* reset_signature =
+    "def reset(self, slots: Array | None = None, *, stream: int | None = None) -> None";
+
+inline constexpr const char* reset_doc =
+    R"(Empties the windows of slots [N] (all where it is left out), for new sequences. New windows are empty.)";
+
+inline constexpr const char* fold_signature = "def fold(self, slots: Array, *, stream: int | None = None) -> None";
+
+inline constexpr const char* fold_doc =
+    R"(Brings the states of slots [N] up to date in all layers and empties their windows: before a state is copied or sent.)";
+
+inline constexpr const char* state_of_signature =
+    "def state_of(self, slots: Array, out: Array | None = None, *, layer: int = 0, stream: int | None = None) -> Any";
+
+inline constexpr const char* state_of_doc = R"(The states of slots [N] as they would be without a window; changes nothing.
+
+    out     [N,H,V,K], written, zeros for slots <= null_slot; a new array with the states' dtype where it is left out
+
+Returns out.)";
+
+inline constexpr const char* copy_signature =
+    "def copy(self, from_slots: Array, to_slots: Array, *, stream: int | None = None) -> None";
+
+inline constexpr const char* copy_doc =
+    R"(Forks sequences: slot to_slots[n] becomes a copy of from_slots[n] ([N] each), states and windows of all layers. No slot may be
+both read and written, and none written twice.)";
 
 inline constexpr const char* commit_signature =
     "def commit(snapshots: Array, accepted: Array, state: Array, write_slots: Array, *, null_slot: int = -1, "

@@ -1,17 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "forward.hpp"
 
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string_view.h>
-
 #include <algorithm>
-#include <optional>
 #include <string>
-#include <string_view>
 
-#include "arrays.hpp"
 #include "docs.hpp"
 #include "gatedelta/gatedelta.hpp"
+#include "window.hpp"
 
 #ifdef GATEDELTA_CUDA
 #include <cuda_runtime_api.h>
@@ -20,24 +15,10 @@
 namespace gatedelta::python {
 namespace {
 
-using Name = std::optional<std::string_view>;
-using Stream = std::optional<std::uintptr_t>;
-
 std::string shape_text(const TensorView& view) {
   std::string out = "[";
   for (int i = 0; i < view.rank; ++i) out += (i ? ", " : "") + std::to_string(view.shape[i]);
   return out + "]";
-}
-
-/// The configuration is read off shapes, so these must have their dimensions.
-void require_rank(const char* name, const TensorView& view, int rank, const char* expected) {
-  if (view.rank != rank)
-    throw Error(ErrorCode::invalid_argument,
-                std::string(name) + ": expected " + expected + ", got " + (view.defined() ? shape_text(view) : "nothing"));
-}
-
-void* stream_for(Arrays& arrays, nb::handle like, Device device, const Stream& given) {
-  return given ? reinterpret_cast<void*>(*given) : arrays.stream(like, device);
 }
 
 /// Makes a CUDA device current for a scope, as Backend::check expects.
@@ -62,13 +43,6 @@ class CurrentDevice {
   [[maybe_unused]] bool changed_ = false;
 };
 
-/// Waits for the stream and raises what the device's backends met on it.
-void check_all(Device device, void* stream) {
-  const CurrentDevice current(device);
-  for (Backend* backend : backends())
-    if (backend->reaches(device) && backend->availability().available) backend->synchronize(stream);
-}
-
 /// state_out and snapshots: None, an array, or True for a new one, which is then a result.
 struct Output {
   nb::object array;
@@ -81,9 +55,10 @@ struct Output {
 nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::handle a, nb::handle A_log, nb::handle dt_bias,
                    nb::handle g, nb::handle b, nb::handle beta, nb::handle state, nb::handle read_slots, nb::handle write_slots,
                    nb::handle token_slots, nb::handle accepted, nb::handle state_in, nb::object state_out_given,
-                   nb::object snapshots_given, nb::handle cu_seqlens, bool update_state, std::optional<double> scale,
-                   bool qk_l2norm, double l2_eps, double softplus_beta, double softplus_threshold, bool negative_eigenvalues,
-                   std::int64_t null_slot, int num_threads, Name backend, Stream stream) {
+                   nb::object snapshots_given, nb::handle cu_seqlens, const Windows* window, std::int64_t layer,
+                   nb::handle parent, bool update_state, std::optional<double> scale, bool qk_l2norm, double l2_eps,
+                   double softplus_beta, double softplus_threshold, bool negative_eigenvalues, std::int64_t null_slot,
+                   int num_threads, Name backend, Stream stream) {
   Arrays arrays;
   Output state_out(std::move(state_out_given)), snapshots(std::move(snapshots_given));
   Arguments in;
@@ -93,6 +68,14 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
   require_rank("v", in.v, 4, "[B, T, HV, V]");
   in.a = arrays.read("a", a), in.A_log = arrays.read("A_log", A_log), in.dt_bias = arrays.read("dt_bias", dt_bias);
   in.g = arrays.read("g", g), in.b = arrays.read("b", b), in.beta = arrays.read("beta", beta);
+  if (window != nullptr) {
+    in.window = &window->layer(layer);
+    if (!state.is_none()) throw Error(ErrorCode::invalid_argument, "state: given, but the window has the states of its own");
+    state = window->state(layer);
+  } else if (layer != 0) {
+    throw Error(ErrorCode::invalid_argument, "layer: given, but there is no window");
+  }
+  in.parent = arrays.read("parent", parent);
   in.state = update_state ? arrays.write("state", state) : arrays.read("state", state);
   in.read_slots = arrays.read("read_slots", read_slots), in.write_slots = arrays.read("write_slots", write_slots);
   in.token_slots = arrays.read("token_slots", token_slots), in.accepted = arrays.read("accepted", accepted);
@@ -190,17 +173,33 @@ void check(nb::handle array, Stream stream) {
 
 }  // namespace
 
+void require_rank(const char* name, const TensorView& view, int rank, const char* expected) {
+  if (view.rank != rank)
+    throw Error(ErrorCode::invalid_argument,
+                std::string(name) + ": expected " + expected + ", got " + (view.defined() ? shape_text(view) : "nothing"));
+}
+
+void* stream_for(Arrays& arrays, nb::handle like, Device device, const Stream& given) {
+  return given ? reinterpret_cast<void*>(*given) : arrays.stream(like, device);
+}
+
+void check_all(Device device, void* stream) {
+  const CurrentDevice current(device);
+  for (Backend* backend : backends())
+    if (backend->reaches(device) && backend->availability().available) backend->synchronize(stream);
+}
+
 void define_operator(nb::module_& module) {
   using nb::arg;
   const auto optional = [](const char* name) { return arg(name).none() = nb::none(); };
   module.def("forward", &forward, arg("q"), arg("k"), arg("v"), optional("o"), nb::kw_only(), optional("a"), optional("A_log"),
              optional("dt_bias"), optional("g"), optional("b"), optional("beta"), optional("state"), optional("read_slots"),
              optional("write_slots"), optional("token_slots"), optional("accepted"), optional("state_in"),
-             optional("state_out"), optional("snapshots"), optional("cu_seqlens"), arg("update_state") = true,
-             arg("scale") = nb::none(), arg("qk_l2norm") = true, arg("l2_eps") = 1e-6, arg("softplus_beta") = 1.0,
-             arg("softplus_threshold") = 20.0, arg("negative_eigenvalues") = false, arg("null_slot") = -1,
-             arg("num_threads") = 0, arg("backend") = nb::none(), arg("stream") = nb::none(), nb::sig(forward_signature),
-             forward_doc);
+             optional("state_out"), optional("snapshots"), optional("cu_seqlens"), arg("window").none() = nb::none(),
+             arg("layer") = 0, optional("parent"), arg("update_state") = true, arg("scale") = nb::none(),
+             arg("qk_l2norm") = true, arg("l2_eps") = 1e-6, arg("softplus_beta") = 1.0, arg("softplus_threshold") = 20.0,
+             arg("negative_eigenvalues") = false, arg("null_slot") = -1, arg("num_threads") = 0, arg("backend") = nb::none(),
+             arg("stream") = nb::none(), nb::sig(forward_signature), forward_doc);
   module.def("commit", &commit, arg("snapshots"), arg("accepted"), arg("state"), arg("write_slots"), nb::kw_only(),
              arg("null_slot") = -1, arg("backend") = nb::none(), arg("stream") = nb::none(), nb::sig(commit_signature),
              commit_doc);

@@ -10,6 +10,7 @@
 
 #include "forward.hpp"
 #include "gatedelta/gatedelta.hpp"
+#include "window.hpp"
 
 namespace nb = nanobind;
 
@@ -73,5 +74,6 @@ NB_MODULE(_core, module) {
       .def_ro("description", &BackendInfo::description, "the instruction set or devices in use")
       .def("__repr__", &represent);
   module.def("backends", &backends, "All backends, in the order in which auto tries them.");
+  gatedelta::python::define_windows(module);
   gatedelta::python::define_operator(module);
 }

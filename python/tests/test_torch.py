@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from reference import error, expected, inputs
@@ -76,6 +79,53 @@ def operator_calls(device):
         "out": (out, (q, k, v, torch.empty_like(v)), {**gates, "state": pool_of(device), "read_slots": slots}),
         "commit": (commit, (snapshots, torch.tensor([1, 3], dtype=torch.int32, device=device), pool_of(device), slots), {}),
     }
+
+
+def test_operators_eagerly(device):
+    """torch.ops.gatedelta.* give what the functions give, which do without them."""
+    for name, (operator, args, kwargs) in operator_calls(device).items():
+        copies = [x.clone() for x in args]
+        result = operator(*args, **kwargs)
+        if name == "commit":
+            gatedelta.commit(*copies)
+            assert torch.equal(copies[2], args[2]) and args[2].any()
+            continue
+        kwargs = {key: value for key, value in operator_calls(device)[name][2].items() if value is not None}
+        pool = kwargs.pop("read_only_state", None)
+        wanted = gatedelta.forward(*copies[:3], **kwargs, **({} if pool is None else {"state": pool, "update_state": False}))
+        assert torch.equal(args[3] if name == "out" else result, wanted)
+
+
+def test_who_has_to_see_an_operator():
+    """Modes and tracers do, and autograd hears of what is written, whichever way is taken."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, pool = tensors("cpu"), pool_of("cpu")
+    slots = torch.tensor([4, 1])
+    gatedelta.torch.forward(**x, state=pool, read_slots=slots)
+    assert pool._version == 1
+    gatedelta.torch.forward(**x, state=pool, read_slots=slots, update_state=False)
+    assert pool._version == 1
+    with Mode():
+        gatedelta.torch.forward(**x, state=pool, read_slots=slots)
+    assert seen == ["gatedelta.forward.default"] and pool._version > 1
+    names = list(x)
+    traced = make_fx(lambda *values: gatedelta.torch.forward(**dict(zip(names, values))))(*x.values())
+    assert "gatedelta.forward" in traced.code
+    with torch.inference_mode():
+        assert error(host(gatedelta.torch.forward(**x)), expected(arrays(x))[0]) < 2e-6
+    snapshots = torch.zeros(2, 1, 4, 24, 16)
+    before = pool._version
+    gatedelta.torch.commit(snapshots, torch.ones(2, dtype=torch.int32), pool, slots)
+    assert pool._version == before + 1 and not pool[slots].any()
 
 
 @pytest.mark.parametrize("name", ["decode", "given state", "read only", "out", "commit"])
@@ -165,3 +215,32 @@ def test_cupy_and_jax_on_cuda():
     if shown["q"].device.platform == "gpu":
         o = gatedelta.forward(**shown)
         assert isinstance(o, jax.Array) and error(np.asarray(o), wanted) < 2e-6
+
+
+def test_tensors_of_any_kind():
+    """Parameters, views and tensors that need a gradient are memory like others."""
+    x = tensors("cpu")
+    wanted = gatedelta.forward(**x)
+    assert torch.equal(wanted, gatedelta.forward(**{name: torch.nn.Parameter(tensor) for name, tensor in x.items()}))
+    assert torch.equal(wanted[1:], gatedelta.forward(**{n: y[1:] if y.dim() > 1 else y for n, y in x.items()}))
+    turned = {name: y.transpose(0, 1).contiguous().transpose(0, 1) if y.dim() > 1 else y for name, y in x.items()}
+    assert turned["q"].stride() != x["q"].stride() and torch.equal(wanted, gatedelta.forward(**turned))
+    for dtype in (torch.int16, torch.complex64, torch.float64):
+        with pytest.raises(gatedelta.InvalidArgument, match=f"q: expected dtype .*, got {dtype}"):
+            gatedelta.forward(**{**x, "q": x["q"].to(dtype)})
+
+
+def test_releases_without_the_table_of_functions():
+    """Older ones are asked for a tensor's attributes instead."""
+    code = """
+import torch, gatedelta
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"): del torch.Tensor.__dlpack_c_exchange_api__
+q, k, v = (torch.linspace(-1, 1, 24).reshape(1, 2, 3, 4).transpose(1, 2).to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
+pool, slots = torch.ones(2, 2, 4, 4), torch.tensor([1])
+o = gatedelta.forward(q, k, v, state=pool, read_slots=slots)
+wanted = torch.ones(1, 2, 4, 4)
+other, wanted = gatedelta.forward(q.numpy(), k.numpy(), v.float().numpy(), state_in=wanted.numpy(), state_out=True)
+assert o.dtype == torch.bfloat16 and abs(o.float().numpy() - other).max() < 8e-3
+assert abs(pool[1].numpy() - wanted[0]).max() < 1e-6 and (pool[0] == 1).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -116,8 +116,10 @@ gatedelta_arguments default_arguments() {
   return out;
 }
 
-gatedelta_commit_arguments default_commit_arguments() {
-  gatedelta_commit_arguments out{};
+/// Of structs in which everything is zero, but for the size.
+template <class Struct>
+Struct zeros() {
+  Struct out{};
   out.size = sizeof out;
   return out;
 }
@@ -175,9 +177,33 @@ TensorView view_from(const char* name, const gatedelta_tensor* given) {
   return make_view(t.data, enumerator(std::string(name) + ".dtype", t.dtype, DType::i64), {shape, rank}, strides, device);
 }
 
-Arguments arguments_from(const gatedelta_arguments* given) {
+/// The tensors of a window, or of its record alone where it has no layer.
+ReplayWindow window_from(const gatedelta_window* given) {
+  const gatedelta_window w = read_versioned("window", given, zeros<gatedelta_window>());
+  const gatedelta_window_layout l = read_versioned("window.layout", w.layout, zeros<gatedelta_window_layout>());
+  WindowLayout layout;
+  layout.capacity = l.capacity;
+  layout.ring = l.ring;
+  layout.entries = enumerator("window.layout.entries", l.entries, DType::i64);
+  layout.keys = {l.slots, l.k_heads, l.ring, l.key_dim};
+  layout.corrections = {l.slots, l.heads, l.ring, l.value_dim};
+  layout.decays = {l.slots, l.heads, l.ring};
+  layout.order = {l.slots, l.ring};
+  const Device device = {enumerator("window.device_type", w.device_type, DeviceType::cuda), w.device_index};
+  if (w.record == nullptr) throw Error(ErrorCode::invalid_argument, "window.record: expected an address, got a null pointer");
+  return window_at(layout, w.layer, w.record, device);
+}
+
+/// A call and the window that it points to, which therefore stay together.
+struct TranslatedCall : Arguments {
+  ReplayWindow layer_window;
+  explicit TranslatedCall(const gatedelta_arguments* given);
+  TranslatedCall(const TranslatedCall&) = delete;
+};
+
+TranslatedCall::TranslatedCall(const gatedelta_arguments* given) {
   const gatedelta_arguments a = read_versioned("arguments", given, default_arguments());
-  Arguments out;
+  Arguments& out = *this;
 #define TENSOR(name) out.name = view_from(#name, a.name)
   TENSOR(q);
   TENSOR(k);
@@ -203,19 +229,76 @@ Arguments arguments_from(const gatedelta_arguments* given) {
   out.dependent_launch = a.dependent_launch != 0;
   out.workspace = a.workspace;
   out.workspace_size = static_cast<std::size_t>(a.workspace_size);
-  return out;
+  TENSOR(parent);
+  if (a.window == nullptr) return;
+  layer_window = window_from(a.window);
+  out.window = &layer_window;
 }
 
 CommitArguments commit_arguments_from(const gatedelta_commit_arguments* given) {
-  const gatedelta_commit_arguments a = read_versioned("commit_arguments", given, default_commit_arguments());
+  const gatedelta_commit_arguments a = read_versioned("commit_arguments", given, zeros<gatedelta_commit_arguments>());
   CommitArguments out;
   TENSOR(snapshots);
   TENSOR(accepted);
   TENSOR(state);
   TENSOR(write_slots);
+  out.stream = a.stream;
+  return out;
+}
+
+AcceptArguments accept_arguments_from(const gatedelta_accept_arguments* given) {
+  const gatedelta_accept_arguments a = read_versioned("accept_arguments", given, zeros<gatedelta_accept_arguments>());
+  AcceptArguments out;
+  out.record = window_from(a.window).record;
+  TENSOR(slots);
+  TENSOR(accepted);
+  TENSOR(cu_seqlens);
+  TENSOR(path);
+  out.tokens = a.tokens;
+  out.stream = a.stream;
+  return out;
+}
+
+ResetArguments reset_arguments_from(const gatedelta_reset_arguments* given) {
+  const gatedelta_reset_arguments a = read_versioned("reset_arguments", given, zeros<gatedelta_reset_arguments>());
+  ResetArguments out;
+  out.record = window_from(a.window).record;
+  TENSOR(slots);
+  out.stream = a.stream;
+  return out;
+}
+
+FoldArguments fold_arguments_from(const gatedelta_fold_arguments* given) {
+  const gatedelta_fold_arguments a = read_versioned("fold_arguments", given, zeros<gatedelta_fold_arguments>());
+  FoldArguments out;
+  out.window = window_from(a.window);
+  TENSOR(state);
+  TENSOR(slots);
+  TENSOR(out);
+  out.stream = a.stream;
+  return out;
+}
+
+ForkArguments fork_arguments_from(const gatedelta_fork_arguments* given) {
+  const gatedelta_fork_arguments a = read_versioned("fork_arguments", given, zeros<gatedelta_fork_arguments>());
+  ForkArguments out;
+  out.window = window_from(a.window);
+  TENSOR(state);
+  TENSOR(from);
+  TENSOR(to);
 #undef TENSOR
   out.stream = a.stream;
   return out;
+}
+
+/// Checks a call's configuration and then its arguments.
+template <class Given>
+gatedelta_status checked(const gatedelta_config* config, const Given& arguments_from) noexcept {
+  return guarded([&] {
+    const Config translated = config_from(config);
+    validate(translated);
+    validate(translated, arguments_from());
+  });
 }
 
 Backend& backend_of(const char* name) {
@@ -256,7 +339,48 @@ gatedelta_status gatedelta_arguments_init(gatedelta_arguments* arguments, size_t
 }
 
 gatedelta_status gatedelta_commit_arguments_init(gatedelta_commit_arguments* arguments, size_t size) {
-  return guarded([&] { init_versioned("commit_arguments", arguments, size, default_commit_arguments()); });
+  return guarded([&] { init_versioned("commit_arguments", arguments, size, zeros<gatedelta_commit_arguments>()); });
+}
+
+gatedelta_status gatedelta_accept_arguments_init(gatedelta_accept_arguments* arguments, size_t size) {
+  return guarded([&] { init_versioned("accept_arguments", arguments, size, zeros<gatedelta_accept_arguments>()); });
+}
+
+gatedelta_status gatedelta_reset_arguments_init(gatedelta_reset_arguments* arguments, size_t size) {
+  return guarded([&] { init_versioned("reset_arguments", arguments, size, zeros<gatedelta_reset_arguments>()); });
+}
+
+gatedelta_status gatedelta_fold_arguments_init(gatedelta_fold_arguments* arguments, size_t size) {
+  return guarded([&] { init_versioned("fold_arguments", arguments, size, zeros<gatedelta_fold_arguments>()); });
+}
+
+gatedelta_status gatedelta_fork_arguments_init(gatedelta_fork_arguments* arguments, size_t size) {
+  return guarded([&] { init_versioned("fork_arguments", arguments, size, zeros<gatedelta_fork_arguments>()); });
+}
+
+gatedelta_status gatedelta_window_init(gatedelta_window* window, size_t size) {
+  return guarded([&] { init_versioned("window", window, size, zeros<gatedelta_window>()); });
+}
+
+gatedelta_status gatedelta_window_layout_init(gatedelta_window_layout* layout, size_t size, const gatedelta_config* config,
+                                              int64_t slots, int64_t capacity, gatedelta_dtype entries, int64_t max_tokens) {
+  return guarded([&] {
+    const Config translated = config_from(config);
+    const WindowLayout found =
+        window_layout(translated, slots, capacity, enumerator("entries", entries, DType::i64), max_tokens);
+    auto out = zeros<gatedelta_window_layout>();
+    out.slots = slots;
+    out.capacity = found.capacity;
+    out.ring = found.ring;
+    out.k_heads = translated.k_heads;
+    out.heads = translated.heads();
+    out.key_dim = translated.key_dim;
+    out.value_dim = translated.value_dim;
+    out.entries = entries;
+    out.layer_bytes = found.layer_bytes;
+    out.record_bytes = found.record_bytes;
+    init_versioned("layout", layout, size, out);
+  });
 }
 
 gatedelta_status gatedelta_rule_create(const gatedelta_config* config, const char* backend, gatedelta_rule** rule) {
@@ -269,20 +393,40 @@ gatedelta_status gatedelta_rule_create(const gatedelta_config* config, const cha
 void gatedelta_rule_destroy(gatedelta_rule* rule) { delete rule; }
 
 gatedelta_status gatedelta_forward(const gatedelta_rule* rule, const gatedelta_arguments* arguments) {
-  return guarded([&] { required("rule", rule).rule.forward(arguments_from(arguments)); });
+  return guarded([&] { required("rule", rule).rule.forward(TranslatedCall(arguments)); });
 }
 
 gatedelta_status gatedelta_commit(const gatedelta_rule* rule, const gatedelta_commit_arguments* arguments) {
   return guarded([&] { required("rule", rule).rule.commit(commit_arguments_from(arguments)); });
 }
 
+gatedelta_status gatedelta_window_accept(const gatedelta_rule* rule, const gatedelta_accept_arguments* arguments) {
+  return guarded([&] { required("rule", rule).rule.accept(accept_arguments_from(arguments)); });
+}
+
+gatedelta_status gatedelta_window_reset(const gatedelta_rule* rule, const gatedelta_reset_arguments* arguments) {
+  return guarded([&] { required("rule", rule).rule.reset(reset_arguments_from(arguments)); });
+}
+
+gatedelta_status gatedelta_window_fold(const gatedelta_rule* rule, const gatedelta_fold_arguments* arguments) {
+  return guarded([&] { required("rule", rule).rule.fold(fold_arguments_from(arguments)); });
+}
+
+gatedelta_status gatedelta_window_state_of(const gatedelta_rule* rule, const gatedelta_fold_arguments* arguments) {
+  return guarded([&] { required("rule", rule).rule.state_of(fold_arguments_from(arguments)); });
+}
+
+gatedelta_status gatedelta_window_copy(const gatedelta_rule* rule, const gatedelta_fork_arguments* arguments) {
+  return guarded([&] { required("rule", rule).rule.copy(fork_arguments_from(arguments)); });
+}
+
 gatedelta_status gatedelta_workspace_size(const gatedelta_rule* rule, const gatedelta_arguments* arguments, size_t* bytes) {
-  return guarded([&] { required("bytes", bytes) = required("rule", rule).rule.workspace_size(arguments_from(arguments)); });
+  return guarded([&] { required("bytes", bytes) = required("rule", rule).rule.workspace_size(TranslatedCall(arguments)); });
 }
 
 gatedelta_status gatedelta_backend_for(const gatedelta_rule* rule, const gatedelta_arguments* arguments, const char** name) {
   return guarded(
-      [&] { required("name", name) = lasting(required("rule", rule).rule.backend_for(arguments_from(arguments)).name()); });
+      [&] { required("name", name) = lasting(required("rule", rule).rule.backend_for(TranslatedCall(arguments)).name()); });
 }
 
 gatedelta_status gatedelta_validate_config(const gatedelta_config* config) {
@@ -290,19 +434,27 @@ gatedelta_status gatedelta_validate_config(const gatedelta_config* config) {
 }
 
 gatedelta_status gatedelta_validate(const gatedelta_config* config, const gatedelta_arguments* arguments) {
-  return guarded([&] {
-    const Config checked = config_from(config);
-    validate(checked);
-    validate(checked, arguments_from(arguments));
-  });
+  return checked(config, [&] { return TranslatedCall(arguments); });
 }
 
 gatedelta_status gatedelta_validate_commit(const gatedelta_config* config, const gatedelta_commit_arguments* arguments) {
-  return guarded([&] {
-    const Config checked = config_from(config);
-    validate(checked);
-    validate(checked, commit_arguments_from(arguments));
-  });
+  return checked(config, [&] { return commit_arguments_from(arguments); });
+}
+
+gatedelta_status gatedelta_validate_accept(const gatedelta_config* config, const gatedelta_accept_arguments* arguments) {
+  return checked(config, [&] { return accept_arguments_from(arguments); });
+}
+
+gatedelta_status gatedelta_validate_reset(const gatedelta_config* config, const gatedelta_reset_arguments* arguments) {
+  return checked(config, [&] { return reset_arguments_from(arguments); });
+}
+
+gatedelta_status gatedelta_validate_fold(const gatedelta_config* config, const gatedelta_fold_arguments* arguments) {
+  return checked(config, [&] { return fold_arguments_from(arguments); });
+}
+
+gatedelta_status gatedelta_validate_fork(const gatedelta_config* config, const gatedelta_fork_arguments* arguments) {
+  return checked(config, [&] { return fork_arguments_from(arguments); });
 }
 
 gatedelta_status gatedelta_backend_count(size_t* count) {
@@ -346,10 +498,10 @@ gatedelta_status gatedelta_backend_reaches(const char* backend, gatedelta_device
 gatedelta_status gatedelta_backend_supports(const char* backend, const gatedelta_config* config,
                                             const gatedelta_arguments* arguments, int32_t* supported, const char** reason) {
   return guarded([&] {
-    const Config checked = config_from(config);
-    validate(checked);
-    const Arguments call = arguments_from(arguments);
-    answer(supported, reason, "supported", backend_of(backend).unsupported_reason(validate(checked, call).problem));
+    const Config translated = config_from(config);
+    validate(translated);
+    const TranslatedCall call(arguments);
+    answer(supported, reason, "supported", backend_of(backend).unsupported_reason(validate(translated, call).problem));
   });
 }
 

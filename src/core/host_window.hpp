@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "gatedelta/backend.hpp"
 
@@ -13,6 +14,8 @@ namespace gatedelta {
 std::int64_t checked_length(const WindowRecord& record, std::int64_t slot, std::int64_t row);
 /// Where entry `entry` of a slot is in its ring.
 std::int64_t place_of(const WindowRecord& record, std::int64_t slot, std::int64_t entry);
+/// What the entry at a place does to the state [V,K] of head `h`.
+void replay_entry(const ReplayWindow& window, std::int64_t slot, std::int64_t h, std::int64_t place, std::vector<double>& S);
 
 void accept_on_host(const Config& config, const AcceptArguments& arguments);
 void reset_on_host(const Config& config, const ResetArguments& arguments);

@@ -222,7 +222,6 @@ void check_states(const Config& config, const Arguments& in, Call& call) {
     problem.accepted = in.accepted.defined();
     problem.store_tokens = in.update_state && in.token_slots.defined();
     problem.store_final = in.update_state && (!in.token_slots.defined() || in.write_slots.defined());
-    problem.other_slots = in.update_state && (in.write_slots.defined() || in.token_slots.defined());
     if (in.update_state) {
       check_written("state", in.state);
       call.state_write = in.state;

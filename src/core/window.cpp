@@ -109,19 +109,11 @@ void accept_row(const AcceptArguments& in, const Acceptance& what, std::int64_t 
 
 /// The state of one head that checkpoint and entries stand for, [V,K].
 void replay_head(const FoldArguments& in, std::int64_t slot, std::int64_t h, std::vector<double>& S) {
-  const ReplayWindow& window = in.window;
-  const std::int64_t V = in.state.shape[2], K = in.state.shape[3], hk = h / (in.state.shape[1] / window.keys.shape[1]);
-  const std::int64_t length = index_at(window.record.length, slot);
+  const WindowRecord& record = in.window.record;
+  const std::int64_t V = in.state.shape[2], K = in.state.shape[3], length = index_at(record.length, slot);
   for (std::int64_t v = 0; v < V; ++v)
     for (std::int64_t i = 0; i < K; ++i) S[v * K + i] = load(in.state, slot, h, v, i);
-  for (std::int64_t j = 0; j < length; ++j) {
-    const std::int64_t place = place_of(window.record, slot, j);
-    const double decay = std::exp(load(window.decays, slot, h, place));
-    for (std::int64_t v = 0; v < V; ++v) {
-      const double u = load(window.corrections, slot, h, place, v);
-      for (std::int64_t i = 0; i < K; ++i) S[v * K + i] = decay * S[v * K + i] + u * load(window.keys, slot, hk, place, i);
-    }
-  }
+  for (std::int64_t j = 0; j < length; ++j) replay_entry(in.window, slot, h, place_of(record, slot, j), S);
 }
 
 /// Copies slot `from` to slot `to`, element by element as strides may be anything.
@@ -174,9 +166,11 @@ ReplayWindow window_at(const WindowLayout& layout, void* layer, void* record, De
     next += padded_bytes(shape, dtype);
     return view;
   };
-  out.keys = place(layout.keys, layout.entries);
-  out.corrections = place(layout.corrections, layout.entries);
-  out.decays = place(layout.decays, DType::f32);
+  if (layer != nullptr) {
+    out.keys = place(layout.keys, layout.entries);
+    out.corrections = place(layout.corrections, layout.entries);
+    out.decays = place(layout.decays, DType::f32);
+  }
   next = static_cast<char*>(record);
   out.record.capacity = layout.capacity;
   out.record.length = place(std::array{layout.order[0]}, DType::i32);
@@ -186,6 +180,16 @@ ReplayWindow window_at(const WindowLayout& layout, void* layer, void* record, De
 
 std::int64_t place_of(const WindowRecord& record, std::int64_t slot, std::int64_t entry) {
   return index_at(record.order, slot, entry);
+}
+
+void replay_entry(const ReplayWindow& window, std::int64_t slot, std::int64_t h, std::int64_t place, std::vector<double>& S) {
+  const std::int64_t V = window.corrections.shape[3], K = window.keys.shape[3];
+  const std::int64_t hk = h / (window.corrections.shape[1] / window.keys.shape[1]);
+  const double decay = std::exp(load(window.decays, slot, h, place));
+  for (std::int64_t v = 0; v < V; ++v) {
+    const double u = load(window.corrections, slot, h, place, v);
+    for (std::int64_t i = 0; i < K; ++i) S[v * K + i] = decay * S[v * K + i] + u * load(window.keys, slot, hk, place, i);
+  }
 }
 
 std::int64_t checked_length(const WindowRecord& record, std::int64_t slot, std::int64_t row) {

@@ -57,10 +57,12 @@ std::vector<CudaDevice> cuda_devices() {
 }
 
 CudaVersions cuda_versions() {
-  CudaVersions out;
-  require(cudaDriverGetVersion(&out.driver), "cudaDriverGetVersion");
-  require(cudaRuntimeGetVersion(&out.runtime), "cudaRuntimeGetVersion");
-  return out;
+  int driver = 0, runtime = 0;
+  require(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  require(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  // CUDA counts 13000 for 13.0.
+  const auto dotted = [](int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); };
+  return {driver == 0 ? "" : dotted(driver), dotted(runtime)};
 }
 
 }  // namespace gatedelta::device

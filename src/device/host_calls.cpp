@@ -32,15 +32,35 @@ Block block_of(const TensorView& tensor) {
   return {data + lowest * element, data + highest * element, false};
 }
 
-/// The memory of a call's host tensors. Where tensors share some, as columns of one matrix do, it is one block.
-std::vector<Block> blocks_of(const Arguments& call) {
+/// A tensor of a call, to be moved.
+struct Part {
+  TensorView* view;
+  bool written;
+};
+
+/// Every tensor of a call. `window` becomes a copy of its replay window, which the call then refers to.
+std::vector<Part> parts_of(Arguments& call, ReplayWindow& window) {
+  std::vector<Part> out;
+  for (const Field& field : fields)
+    out.push_back(
+        {&(call.*field.view), std::find(written_tensors.begin(), written_tensors.end(), field.view) != written_tensors.end() &&
+                                  (field.view != &Arguments::state || call.update_state)});
+  out.push_back({&call.parent, false});
+  if (call.window == nullptr) return out;
+  window = *call.window;
+  call.window = &window;
+  for (TensorView* view : {&window.keys, &window.corrections, &window.decays}) out.push_back({view, true});
+  for (TensorView* view : {&window.record.length, &window.record.order}) out.push_back({view, false});
+  return out;
+}
+
+/// The memory of host tensors. Where tensors share some, as columns of one matrix do, it is one block.
+std::vector<Block> blocks_of(const std::vector<Part>& parts) {
   std::vector<Block> all;
-  for (const Field& field : fields) {
-    const TensorView& tensor = call.*field.view;
-    if (!on_host(tensor)) continue;
-    all.push_back(block_of(tensor));
-    all.back().written = std::find(written_tensors.begin(), written_tensors.end(), field.view) != written_tensors.end() &&
-                         (field.view != &Arguments::state || call.update_state);
+  for (const Part& part : parts) {
+    if (!on_host(*part.view)) continue;
+    all.push_back(block_of(*part.view));
+    all.back().written = part.written;
   }
   std::sort(all.begin(), all.end(), [](const Block& a, const Block& b) { return a.begin < b.begin; });
   std::vector<Block> out;
@@ -91,13 +111,15 @@ Backend& HostCalls::forward(const GatedDeltaRule& rule, const Arguments& call) {
     return rule.backend_for(call);
   }
 
-  std::vector<Block> blocks = blocks_of(call);
+  Arguments copied = call;
+  ReplayWindow window;
+  const std::vector<Part> parts = parts_of(copied, window);
+  std::vector<Block> blocks = blocks_of(parts);
   std::byte* copies = copies_.at_least(place(blocks));
   for (const Block& block : blocks)
     memory_.copy_in(copies + block.offset, block.begin, static_cast<std::size_t>(block.end - block.begin));
-  Arguments copied = call;
-  for (const Field& field : fields) {
-    TensorView& tensor = copied.*field.view;
+  for (const Part& part : parts) {
+    TensorView& tensor = *part.view;
     if (!tensor.defined() || tensor.device != Device{}) continue;
     tensor.device = memory_.device();
     if (tensor.elements() == 0) continue;

@@ -43,10 +43,9 @@ struct CudaDevice {
 /// Empty where there is no driver.
 std::vector<CudaDevice> cuda_devices();
 
-/// As CUDA counts: 13000 for 13.0.
 struct CudaVersions {
-  int driver = 0;  ///< the newest that the driver supports; 0: no driver
-  int runtime = 0;
+  std::string driver;   ///< the newest that the driver supports, "13.0"; empty: no driver
+  std::string runtime;  ///< the one that this build has
 };
 CudaVersions cuda_versions();
 #endif

@@ -10,6 +10,7 @@
 #include "gatedelta/gatedelta.hpp"
 #include "tool/commands.hpp"
 #include "tool/machine.hpp"
+#include "tool/support.hpp"
 
 namespace gatedelta::tool {
 namespace {
@@ -48,10 +49,7 @@ Json collect() {
                        {"memory_gib", static_cast<double>(gpu.memory) / (1 << 30)},
                        {"code", code_for(gpu)}});
   const device::CudaVersions versions = device::cuda_versions();
-  const auto dotted = [](int number) { return fmt::format("{}.{}", number / 1000, number % 1000 / 10); };
-  out["cuda"] = {{"runtime", dotted(versions.runtime)},
-                 {"driver_supports", versions.driver == 0 ? "" : dotted(versions.driver)},
-                 {"driver", nvidia_driver()}};
+  out["cuda"] = {{"runtime", versions.runtime}, {"driver_supports", versions.driver}, {"driver", nvidia_driver()}};
 #endif
   out["devices"] = devices;
   return out;
@@ -88,8 +86,14 @@ void print_text(const Json& info) {
 void add_info_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("info", "Show the version, the backends, the CPU's features and the devices");
   const auto json = std::make_shared<bool>(false);
-  command->add_flag("--json", *json, "Print one JSON object");
-  command->callback([json] {
+  CLI::Option* json_option = command->add_flag("--json", *json, "Print one JSON object");
+  const auto support = std::make_shared<bool>(false);
+  command->add_flag("--support", *support, "Print a table of what each backend of this build does")->excludes(json_option);
+  command->callback([json, support] {
+    if (*support) {
+      fmt::print("{}", support_table());
+      return;
+    }
     const Json info = collect();
     if (*json)
       fmt::print("{}\n", info.dump(2, ' ', false, Json::error_handler_t::replace));

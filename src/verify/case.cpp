@@ -64,6 +64,18 @@ std::int64_t TensorSpec::elements() const {
   return count;
 }
 
+std::vector<std::int64_t> dense_strides(const std::vector<std::int64_t>& shape) {
+  std::vector<std::int64_t> strides(shape.size());
+  std::int64_t step = 1;
+  for (std::size_t i = shape.size(); i-- > 0; step *= shape[i]) strides[i] = step;
+  return strides;
+}
+
+TensorSpec dense(DType dtype, std::vector<std::int64_t> shape) {
+  std::vector<std::int64_t> strides = dense_strides(shape);
+  return {dtype, std::move(shape), std::move(strides), {}};
+}
+
 std::int64_t Case::rows() const {
   const TensorSpec& cu = (*this)[Tensor::cu_seqlens];
   return cu.present() ? cu.shape[0] - 1 : batch();

@@ -51,6 +51,11 @@ struct TensorSpec {
   std::int64_t elements() const;
 };
 
+/// Row-major strides of a tensor without gaps.
+std::vector<std::int64_t> dense_strides(const std::vector<std::int64_t>& shape);
+/// A dense tensor without values.
+TensorSpec dense(DType dtype, std::vector<std::int64_t> shape);
+
 struct Case {
   std::string name;  ///< with the seed it determines everything below
   std::uint64_t seed = 0;

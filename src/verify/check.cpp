@@ -271,11 +271,8 @@ void Checker::state_layouts(const Case& c, const Golden& expected) {
       TensorSpec& spec = laid[tensor];
       if (!spec.present()) continue;
       const std::size_t rank = spec.shape.size();
-      const std::int64_t V = spec.shape[rank - 2], K = spec.shape[rank - 1];
-      spec.strides[rank - 1] = v_last ? V : 1;
-      spec.strides[rank - 2] = v_last ? 1 : K;
-      std::int64_t step = V * K;
-      for (std::size_t i = rank - 2; i-- > 0; step *= spec.shape[i]) spec.strides[i] = step;
+      spec.strides = dense_strides(spec.shape);
+      if (v_last) spec.strides[rank - 1] = spec.shape[rank - 2], spec.strides[rank - 2] = 1;
     }
     const char* check = v_last ? "V-last" : "K-last";
     const Observed found = run(laid, expected, check);

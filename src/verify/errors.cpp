@@ -35,14 +35,6 @@ class Breaker {
     out_.push_back(std::move(broken));
   }
 
-  static TensorSpec dense(DType dtype, std::vector<std::int64_t> shape) {
-    TensorSpec spec{dtype, std::move(shape), {}, {}};
-    spec.strides.resize(spec.shape.size());
-    std::int64_t step = 1;
-    for (std::size_t i = spec.shape.size(); i-- > 0; step *= spec.shape[i]) spec.strides[i] = step;
-    return spec;
-  }
-
   void missing() {
     for (const Tensor tensor :
          {Tensor::q, Tensor::k, Tensor::v, Tensor::o, Tensor::a, Tensor::A_log, Tensor::g, Tensor::b, Tensor::beta})

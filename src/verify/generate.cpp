@@ -29,16 +29,6 @@ constexpr Family all_families[] = {
 };
 // clang-format on
 
-std::vector<std::int64_t> dense_strides(const std::vector<std::int64_t>& shape) {
-  std::vector<std::int64_t> strides(shape.size());
-  std::int64_t step = 1;
-  for (std::size_t i = shape.size(); i-- > 0;) {
-    strides[i] = step;
-    step *= shape[i];
-  }
-  return strides;
-}
-
 /// Slots handed out so that no two rows store to one.
 class SlotOwners {
  public:

@@ -13,14 +13,6 @@
 namespace gatedelta::verify {
 namespace {
 
-TensorSpec dense(DType dtype, std::vector<std::int64_t> shape) {
-  TensorSpec out{dtype, std::move(shape), {}, {}};
-  out.strides.resize(out.shape.size());
-  std::int64_t step = 1;
-  for (std::size_t i = out.shape.size(); i-- > 0; step *= out.shape[i]) out.strides[i] = step;
-  return out;
-}
-
 TensorSpec indices(DType dtype, const std::vector<std::int64_t>& values, std::vector<std::int64_t> shape) {
   TensorSpec out = dense(dtype, std::move(shape));
   out.values.assign(values.begin(), values.end());

@@ -145,6 +145,186 @@ TEST_CASE("commit through C") {
   check_failure(gatedelta_commit(rule.handle, &commit), GATEDELTA_ERROR_INVALID_ARGUMENT, "accepted: required, but not given");
 }
 
+namespace {
+
+/// Two sequences of four slots, in trees of two tokens: everything that calls for replay windows read and write.
+struct WindowUser {
+  Config config;
+  WindowLayout layout;
+  std::vector<float> q = std::vector<float>(32), k = q, v = q, g = std::vector<float>(4, -0.1f), o = std::vector<float>(32),
+                     pool = std::vector<float>(4 * 64, 0.25f), state = std::vector<float>(2 * 64);
+  std::vector<std::int32_t> slots = {2, 0}, others = {3, 1}, parent = {-1, -1, -1, 0}, accepted = {1, 2}, path = {1, -1, 0, 1};
+  std::vector<std::byte> layer, record;
+  Arguments call;
+  ReplayWindow window;
+
+  WindowUser() {
+    config.q_heads = config.k_heads = config.v_heads = 1;
+    config.key_dim = config.value_dim = 8;
+    config.gate = GateForm::log_decay;
+    config.beta = BetaForm::one;
+    layout = window_layout(config, 4, 4, DType::bf16, 2);
+    layer.resize(layout.layer_bytes);
+    record.resize(layout.record_bytes);
+    window = window_at(layout, layer.data(), record.data());
+    for (std::size_t i = 0; i < q.size(); ++i) {
+      q[i] = static_cast<float>(i % 5) - 1.0f;
+      k[i] = static_cast<float>(i % 7) - 2.0f;
+      v[i] = static_cast<float>(i % 3);
+    }
+    call.q = view(q.data(), {2, 2, 1, 8}), call.k = view(k.data(), {2, 2, 1, 8}), call.v = view(v.data(), {2, 2, 1, 8});
+    call.g = view(g.data(), {2, 2, 1}), call.o = view(o.data(), {2, 2, 1, 8}), call.state = view(pool.data(), {4, 1, 8, 8});
+    call.read_slots = view(slots.data(), {2}), call.parent = view(parent.data(), {2, 2});
+  }
+  void compare(const WindowUser& other) const {
+    CHECK(o == other.o);
+    CHECK(pool == other.pool);
+    CHECK(layer == other.layer);
+    CHECK(record == other.record);
+    CHECK(state == other.state);
+  }
+};
+
+/// The same memory as structs of C.
+struct WindowUserInC : WindowUser {
+  Translated translated{config, call};
+  gatedelta_window_layout c_layout;
+  gatedelta_window c_window;
+  Rule rule;
+  gatedelta_accept_arguments accept;
+  gatedelta_reset_arguments reset;
+  gatedelta_fold_arguments fold;
+  gatedelta_fork_arguments fork;
+
+  explicit WindowUserInC(const char* backend) {
+    REQUIRE(gatedelta_window_layout_init(&c_layout, sizeof c_layout, &translated.config, 4, 4, GATEDELTA_BF16, 2) ==
+            GATEDELTA_SUCCESS);
+    CHECK(c_layout.layer_bytes == layout.layer_bytes);
+    CHECK(c_layout.record_bytes == layout.record_bytes);
+    CHECK(c_layout.ring == layout.ring);
+    REQUIRE(gatedelta_window_init(&c_window, sizeof c_window) == GATEDELTA_SUCCESS);
+    c_window.layout = &c_layout, c_window.layer = layer.data(), c_window.record = record.data();
+    translated.arguments.parent = translated.tensor(call.parent);
+    translated.arguments.window = &c_window;
+    REQUIRE(gatedelta_rule_create(&translated.config, backend, &rule.handle) == GATEDELTA_SUCCESS);
+    REQUIRE(gatedelta_accept_arguments_init(&accept, sizeof accept) == GATEDELTA_SUCCESS);
+    REQUIRE(gatedelta_reset_arguments_init(&reset, sizeof reset) == GATEDELTA_SUCCESS);
+    REQUIRE(gatedelta_fold_arguments_init(&fold, sizeof fold) == GATEDELTA_SUCCESS);
+    REQUIRE(gatedelta_fork_arguments_init(&fork, sizeof fork) == GATEDELTA_SUCCESS);
+    accept.window = reset.window = fold.window = fork.window = &c_window;
+    accept.slots = fold.slots = fork.from = translated.tensor(call.read_slots);
+    accept.accepted = translated.tensor(view(accepted.data(), {2}));
+    accept.path = translated.tensor(view(path.data(), {2, 2}));
+    accept.tokens = 2;
+    fold.state = fork.state = translated.tensor(call.state);
+    fork.to = translated.tensor(view(others.data(), {2}));
+  }
+};
+
+}  // namespace
+
+TEST_CASE("replay windows through C give the bits that they give through C++") {
+  for (const char* name : {"reference", "cpu"}) {
+    CAPTURE(name);
+    WindowUser one;
+    WindowUserInC other(name);
+    const GatedDeltaRule op(one.config, name);
+    const TensorView slots = one.call.read_slots, to = view(one.others.data(), {2});
+    one.call.window = &one.window;
+
+    op.reset({.record = one.window.record});
+    REQUIRE(gatedelta_validate_reset(&other.translated.config, &other.reset) == GATEDELTA_SUCCESS);
+    REQUIRE(gatedelta_window_reset(other.rule.handle, &other.reset) == GATEDELTA_SUCCESS);
+    for (int step = 0; step < 5; ++step) {  // the second sequence is folded
+      op.forward(one.call);
+      REQUIRE(gatedelta_validate(&other.translated.config, &other.translated.arguments) == GATEDELTA_SUCCESS);
+      REQUIRE(gatedelta_forward(other.rule.handle, &other.translated.arguments) == GATEDELTA_SUCCESS);
+      op.accept({.record = one.window.record,
+                 .slots = slots,
+                 .accepted = view(one.accepted.data(), {2}),
+                 .tokens = 2,
+                 .path = view(one.path.data(), {2, 2})});
+      REQUIRE(gatedelta_validate_accept(&other.translated.config, &other.accept) == GATEDELTA_SUCCESS);
+      REQUIRE(gatedelta_window_accept(other.rule.handle, &other.accept) == GATEDELTA_SUCCESS);
+      one.compare(other);
+    }
+    CHECK(one.pool[0] != 0.25f);
+
+    op.copy({.window = one.window, .state = one.call.state, .from = slots, .to = to});
+    op.copy({.window = {.record = one.window.record}, .from = slots, .to = to});
+    REQUIRE(gatedelta_validate_fork(&other.translated.config, &other.fork) == GATEDELTA_SUCCESS);
+    REQUIRE(gatedelta_window_copy(other.rule.handle, &other.fork) == GATEDELTA_SUCCESS);
+    other.fork.state = nullptr;
+    other.c_window.layer = nullptr;  // the record alone
+    REQUIRE(gatedelta_window_copy(other.rule.handle, &other.fork) == GATEDELTA_SUCCESS);
+    other.c_window.layer = other.layer.data();
+    one.compare(other);
+
+    op.state_of({.window = one.window, .state = one.call.state, .slots = to, .out = view(one.state.data(), {2, 1, 8, 8})});
+    other.fold.slots = other.fork.to;
+    other.fold.out = other.translated.tensor(view(other.state.data(), {2, 1, 8, 8}));
+    REQUIRE(gatedelta_validate_fold(&other.translated.config, &other.fold) == GATEDELTA_SUCCESS);
+    REQUIRE(gatedelta_window_state_of(other.rule.handle, &other.fold) == GATEDELTA_SUCCESS);
+    one.compare(other);
+    CHECK(one.state[0] != 0);
+
+    op.fold({.window = one.window, .state = one.call.state, .slots = to});
+    op.reset({.record = one.window.record, .slots = to});
+    other.fold.out = nullptr;
+    other.reset.slots = other.fork.to;
+    REQUIRE(gatedelta_window_fold(other.rule.handle, &other.fold) == GATEDELTA_SUCCESS);
+    REQUIRE(gatedelta_window_reset(other.rule.handle, &other.reset) == GATEDELTA_SUCCESS);
+    one.compare(other);
+    const std::vector<float> folded(one.pool.begin() + 3 * 64, one.pool.end());
+    CHECK(folded == std::vector<float>(one.state.begin(), one.state.begin() + 64));  // slot 3
+  }
+}
+
+TEST_CASE("errors of replay windows through C") {
+  WindowUserInC user("reference");
+  const auto forward = [&](const char* message) {
+    check_failure(gatedelta_forward(user.rule.handle, &user.translated.arguments), GATEDELTA_ERROR_INVALID_ARGUMENT, message);
+  };
+  REQUIRE(gatedelta_window_reset(user.rule.handle, &user.reset) == GATEDELTA_SUCCESS);
+  std::int32_t supported = -1;
+  REQUIRE(gatedelta_backend_supports("cpu", &user.translated.config, &user.translated.arguments, &supported, nullptr) ==
+          GATEDELTA_SUCCESS);
+  CHECK(supported == 1);
+
+  SUBCASE("of structs") {
+    user.c_window.layer = nullptr;
+    forward("window.keys: required, but not given");
+    user.c_window.record = nullptr;
+    forward("window.record: expected an address, got a null pointer");
+    user.c_layout.entries = 7;
+    forward("window.layout.entries: expected a value from 0 to 4, got 7");
+    user.c_window.layout = nullptr;
+    forward("window.layout: expected a struct, got a null pointer");
+    user.c_window.size = 0;
+    forward("window: expected in its first member the struct's size (40 in this version), got 0");
+    user.accept.window = nullptr;
+    check_failure(gatedelta_window_accept(user.rule.handle, &user.accept), GATEDELTA_ERROR_INVALID_ARGUMENT,
+                  "window: expected a struct, got a null pointer");
+    check_failure(gatedelta_window_layout_init(&user.c_layout, sizeof user.c_layout, &user.translated.config, 4, 3, 0, 0),
+                  GATEDELTA_ERROR_INVALID_ARGUMENT, "capacity: expected 4..64, got 3");
+  }
+  SUBCASE("of values: nothing is changed") {
+    const std::vector<std::byte> before = user.record;
+    user.accepted[1] = 3;
+    check_failure(gatedelta_window_accept(user.rule.handle, &user.accept), GATEDELTA_ERROR_INVALID_ARGUMENT,
+                  "accepted: row 1 has 3, expected 0..2");
+    CHECK(user.record == before);
+    user.parent[1] = 1;
+    forward("parent: row 0 token 1 has 1, expected -1..0");
+    CHECK(user.o == std::vector<float>(32));
+  }
+  SUBCASE("a program from before there were windows") {
+    user.translated.arguments.size = offsetof(gatedelta_arguments, window);
+    REQUIRE(gatedelta_forward(user.rule.handle, &user.translated.arguments) == GATEDELTA_SUCCESS);
+    CHECK(user.pool[0] != 0.25f);  // an ordinary step, which stores the state
+  }
+}
+
 TEST_CASE("defaults are those of C++") {
   const Config expected;
   gatedelta_config config;
@@ -170,9 +350,18 @@ TEST_CASE("structs have the layout of the first release") {
   CHECK(sizeof(gatedelta_config) == 152);
   CHECK(offsetof(gatedelta_config, null_slot) == 144);
   CHECK(offsetof(gatedelta_config, l2_eps) == 104);
-  CHECK(sizeof(gatedelta_arguments) == 192);
+  CHECK(sizeof(gatedelta_arguments) == 208);
+  CHECK(offsetof(gatedelta_arguments, workspace_size) == 184);
   CHECK(offsetof(gatedelta_arguments, update_state) == 160);
   CHECK(sizeof(gatedelta_commit_arguments) == 48);
+  CHECK(sizeof(gatedelta_window_layout) == 88);
+  CHECK(offsetof(gatedelta_window_layout, layer_bytes) == 72);
+  CHECK(sizeof(gatedelta_window) == 40);
+  CHECK(sizeof(gatedelta_accept_arguments) == 64);
+  CHECK(offsetof(gatedelta_accept_arguments, tokens) == 48);
+  CHECK(sizeof(gatedelta_reset_arguments) == 32);
+  CHECK(sizeof(gatedelta_fold_arguments) == 48);
+  CHECK(sizeof(gatedelta_fork_arguments) == 48);
 }
 
 TEST_CASE("shorter structs have defaults, longer ones zeros at the end") {

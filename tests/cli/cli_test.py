@@ -228,6 +228,9 @@ class Info(ToolTest):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         for word in [info["version"], *info["cpu_features"], *(b["name"] for b in info["backends"])]:
             self.assertIn(word, done.stdout)
+        lines = self.call("info", "--support").stdout.splitlines()
+        self.assertEqual(lines[0], "| | " + " | ".join(f"`{b['name']}`" for b in info["backends"]) + " |")
+        self.assertTrue(all(line.endswith("| yes |") for line in lines[2:]), "the reference does everything")
 
     def test_help_and_version(self):
         for args in (["--help"], ["info", "--help"], ["run", "--help"], ["run", "-h"], ["--version"]):

@@ -57,6 +57,17 @@ class FarBackend final : public Backend {
     REQUIRE(host.workspace_size == 100);
     std::memset(host.workspace, 1, 100);
     for (const device::Field& field : device::fields) (host.*field.view).device = {};
+    host.parent.device = {};
+    ReplayWindow window;
+    if (host.window != nullptr) {
+      window = *host.window;
+      host.window = &window;
+      for (TensorView* view :
+           {&window.keys, &window.corrections, &window.decays, &window.record.length, &window.record.order}) {
+        REQUIRE(view->device == elsewhere);
+        view->device = {};
+      }
+    }
     GatedDeltaRule(call.problem.config, "reference").forward(host);
   }
   void commit(const Config&, const CommitArguments&) override { FAIL("not called"); }
@@ -130,6 +141,49 @@ TEST_CASE("columns of one matrix, states that stay there, and a second call with
   std::vector<float> untouched = near;
   CHECK_THROWS_WITH_AS(run(&calls, view(untouched.data(), {2, 1, 3, 2})), "a fault", Error);
   CHECK(untouched == near);
+}
+
+TEST_CASE("replay windows and trees are copied, and what was appended comes back") {
+  const Config config{
+      .q_heads = 1, .k_heads = 1, .v_heads = 2, .key_dim = 2, .value_dim = 3, .gate = GateForm::none, .beta = BetaForm::one};
+  const WindowLayout layout = window_layout(config, 2, 4, DType::f32, 2);
+  std::vector<std::int32_t> slots = {1, 0}, parents = {-1, -1, -1, 0}, accepted = {2, 1}, paths = {0, 1, 1, -1};
+  FarBackend backend;
+  const GatedDeltaRule reference(config, "reference"), far(config, backend);
+  // All memory of one user: five steps, so that windows are folded.
+  const auto run = [&](device::HostCalls* calls) {
+    std::vector<float> q(8), k(8), v(24), o(24), pool(24, 0.5f), layer(layout.layer_bytes / 4), all;
+    std::vector<std::int32_t> record(layout.record_bytes / 4);
+    const ReplayWindow window = window_at(layout, layer.data(), record.data());
+    reference.reset({.record = window.record});
+    Arguments call;
+    call.q = view(q.data(), {2, 2, 1, 2}), call.k = view(k.data(), {2, 2, 1, 2}), call.v = view(v.data(), {2, 2, 2, 3});
+    call.o = view(o.data(), {2, 2, 2, 3}), call.state = view(pool.data(), {2, 2, 3, 2});
+    call.read_slots = view(slots.data(), {2}), call.parent = view(parents.data(), {2, 2}), call.window = &window;
+    for (int step = 0; step < 5; ++step) {
+      for (std::size_t i = 0; i < v.size(); ++i) v[i] = static_cast<float>(i) - static_cast<float>(step);
+      for (std::size_t i = 0; i < q.size(); ++i)
+        q[i] = k[(i + 3) % 8] = static_cast<float>(i % 3) + static_cast<float>(step) + 1;
+      if (calls != nullptr)
+        calls->forward(far, call);
+      else
+        reference.forward(call);
+      CHECK(call.window == &window);
+      all.insert(all.end(), o.begin(), o.end());
+      reference.accept({.record = window.record,
+                        .slots = call.read_slots,
+                        .accepted = view(accepted.data(), {2}),
+                        .tokens = 2,
+                        .path = view(paths.data(), {2, 2})});
+    }
+    all.insert(all.end(), pool.begin(), pool.end());
+    all.insert(all.end(), layer.begin(), layer.end());
+    all.insert(all.end(), record.begin(), record.end());
+    return all;
+  };
+  FarMemory memory;
+  device::HostCalls calls(memory);
+  CHECK(run(&calls) == run(nullptr));
 }
 
 TEST_CASE("which memory a name means") {

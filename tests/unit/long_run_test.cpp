@@ -27,17 +27,9 @@ namespace {
 
 constexpr std::int64_t H = 2, K = 64, V = 64, segment = 100, segments = 100;
 
-TensorSpec spec(std::vector<std::int64_t> shape) {
-  TensorSpec out{DType::f32, std::move(shape), {}, {}};
-  out.strides.resize(out.shape.size());
-  std::int64_t step = 1;
-  for (std::size_t i = out.shape.size(); i-- > 0; step *= out.shape[i]) out.strides[i] = step;
-  return out;
-}
-
 template <class Draw>
 TensorSpec drawn(std::vector<std::int64_t> shape, Draw draw) {
-  TensorSpec out = spec(std::move(shape));
+  TensorSpec out = dense(DType::f32, std::move(shape));
   for (std::int64_t i = 0; i < out.elements(); ++i) out.values.push_back(rounded(DType::f32, draw()));
   return out;
 }
@@ -59,8 +51,8 @@ Case make_segment(Random& random, double slowest, double fastest, const std::vec
   c[Tensor::v] = drawn({1, segment, H, V}, normal);
   c[Tensor::g] = drawn({1, segment, H}, [&] { return -random.uniform(slowest, fastest); });
   c[Tensor::beta] = drawn({1, segment, H}, [&] { return random.uniform(); });
-  c[Tensor::o] = spec({1, segment, H, V});
-  c[Tensor::state_in] = c[Tensor::state_out] = spec({1, H, V, K});
+  c[Tensor::o] = dense(DType::f32, {1, segment, H, V});
+  c[Tensor::state_in] = c[Tensor::state_out] = dense(DType::f32, {1, H, V, K});
   c[Tensor::state_in].values = state;
   return c;
 }

@@ -103,6 +103,10 @@ TEST_CASE("the layout of a window") {
   CHECK(layout.layer_bytes == 10 * (16 * 32 * 128 * 2 + 32 * 32 * 128 * 2 + 32 * 32 * 4));
   CHECK(layout.record_bytes == 256 + 10 * 32 * 4);
   CHECK(window_layout(c, 10, 16, DType::f32, 4).ring == 20);
+  std::byte memory[256 + 1280];
+  const ReplayWindow record = window_at(window_layout(c, 10, 16), nullptr, memory);
+  CHECK_FALSE(record.keys.defined());
+  CHECK(record.record.order.data == memory + 256);
   for (const std::int64_t capacity : {3, 65}) CHECK_THROWS_AS(window_layout(c, 1, capacity), Error);
   CHECK_THROWS_AS(window_layout(c, 1, 16, DType::f16), Error);
   CHECK_THROWS_AS(window_layout(c, 1, 16, DType::f32, 17), Error);

@@ -1,22 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import torch
-
-from .. import _core
-from .. import torch as operators
 from .._errors import Unsupported
+from ..torch import commit, forward
 
-
-def forward(*tensors, **arguments):
-    """gatedelta.forward; as an operator where PyTorch traces, or would go back through it (which is an error then)."""
-    graph = torch.compiler.is_compiling() or (
-        torch.is_grad_enabled()
-        and any(isinstance(x, torch.Tensor) and x.requires_grad for x in (*tensors, *arguments.values()))
-    )
-    return (operators if graph else _core).forward(*tensors, **arguments)
-
-
-def commit(*tensors, **arguments):
-    (operators if torch.compiler.is_compiling() else _core).commit(*tensors, **arguments)
+__all__ = ["commit", "forward", "reject", "require"]
 
 
 def require(condition, message):

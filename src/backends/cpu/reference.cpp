@@ -122,17 +122,10 @@ class ReferenceBackend final : public Backend {
     const ReplayWindow& window = *in.window;
     const std::int64_t H = config.heads(), K = config.key_dim, V = config.value_dim, slot = row.source_slot;
     const std::int64_t hk = h / (H / config.k_heads), hv = h / (H / config.v_heads);
-    const auto append = [&](std::vector<double>& to, std::int64_t place) {
-      const double decay = std::exp(load(window.decays, slot, h, place));
-      for (std::int64_t v = 0; v < V; ++v) {
-        const double u = load(window.corrections, slot, h, place, v);
-        for (std::int64_t i = 0; i < K; ++i) to[v * K + i] = decay * to[v * K + i] + u * load(window.keys, slot, hk, place, i);
-      }
-    };
     if (row.tokens == 0) return;
     for (std::int64_t v = 0; v < V; ++v)
       for (std::int64_t i = 0; i < K; ++i) S[v * K + i] = load(*row.source, slot, h, v, i);
-    for (std::int64_t j = 0; j < row.length; ++j) append(S, place_of(window.record, slot, j));
+    for (std::int64_t j = 0; j < row.length; ++j) replay_entry(window, slot, h, place_of(window.record, slot, j), S);
     if (row.fold)
       for (std::int64_t v = 0; v < V; ++v)
         for (std::int64_t i = 0; i < K; ++i) store(call.state_write, S[v * K + i], slot, h, v, i);
@@ -158,7 +151,7 @@ class ReferenceBackend final : public Backend {
         store(in.o, config.effective_scale() * (Sq + u * kq), b, s, h, v);
         store(window.corrections, u, slot, h, place, v);
       }
-      append(now, place);
+      replay_entry(window, slot, h, place, now);
       if (in.parent.defined())
         after.push_back(std::move(now));
       else
