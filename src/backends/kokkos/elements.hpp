@@ -11,11 +11,17 @@
 namespace gatedelta::kokkos {
 
 using Space = Kokkos::DefaultExecutionSpace;
-using Policy = Kokkos::TeamPolicy<Space>;
-using Team = Policy::member_type;
 
 /// Serial, OpenMP and the like: tensors are host memory.
 inline constexpr bool on_host = std::is_same_v<Space, Kokkos::DefaultHostExecutionSpace>;
+
+/// Threads and vector lanes of a team; results depend on them, so they are fixed.
+inline constexpr int team_threads = on_host ? 1 : 8;
+inline constexpr int team_lanes = on_host ? 1 : 32;
+
+/// At least four teams on a multiprocessor.
+using Policy = Kokkos::TeamPolicy<Space, Kokkos::LaunchBounds<team_threads * team_lanes, 4>>;
+using Team = Policy::member_type;
 
 template <class... Index>
 KOKKOS_INLINE_FUNCTION std::int64_t offset_of(const TensorView& tensor, Index... index) {
@@ -71,7 +77,7 @@ KOKKOS_INLINE_FUNCTION void store(const TensorView& tensor, float value, Index..
 
 /// An element of an index tensor, i32 or i64.
 template <class... Index>
-KOKKOS_INLINE_FUNCTION std::int64_t index_at(const TensorView& tensor, Index... index) {
+KOKKOS_INLINE_FUNCTION std::int64_t index_in(const TensorView& tensor, Index... index) {
   const std::int64_t offset = offset_of(tensor, index...);
   if (tensor.dtype == DType::i32) return static_cast<const std::int32_t*>(tensor.data)[offset];
   return static_cast<const std::int64_t*>(tensor.data)[offset];

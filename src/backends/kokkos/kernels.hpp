@@ -49,7 +49,7 @@ class Forward {
     const std::int64_t rows = p.rows + (p.resolved == nullptr && p.cu_seqlens.defined() ? 1 : 0);
     return static_cast<int>(rows * p.heads * p.slices);
   }
-  std::size_t scratch_bytes() const {
+  KOKKOS_INLINE_FUNCTION std::size_t scratch_bytes() const {
     return (static_cast<std::size_t>(p.slice_rows + 2) * static_cast<std::size_t>(p.row_size) + 2) * sizeof(float);
   }
 
@@ -97,8 +97,8 @@ class Forward {
   KOKKOS_INLINE_FUNCTION bool has_sequence(const Team& team, std::int64_t n, const Slice& slice) const {
     const bool good = sequences_are_good(team, p);
     if (n == p.rows) {
-      zero_outputs(team, 0, 0, good ? index_at(p.cu_seqlens, 0) : p.tokens, slice);
-      if (good) zero_outputs(team, 0, index_at(p.cu_seqlens, p.rows), p.tokens, slice);
+      zero_outputs(team, 0, 0, good ? index_in(p.cu_seqlens, 0) : p.tokens, slice);
+      if (good) zero_outputs(team, 0, index_in(p.cu_seqlens, p.rows), p.tokens, slice);
     }
     return n < p.rows && good;
   }
@@ -113,7 +113,7 @@ class Forward {
       team.team_barrier();
       if (p.snapshots.defined()) store_state(team, p.snapshots, slice, n, t);
       if (p.store_tokens)
-        if (const std::int64_t slot = index_at(p.token_slots, n, t); slot > p.null_slot)
+        if (const std::int64_t slot = index_in(p.token_slots, n, t); slot > p.null_slot)
           store_state(team, p.state_write, slice, slot);
     }
     if (row.final_slot >= 0) store_state(team, p.state_write, slice, row.final_slot);
@@ -122,28 +122,33 @@ class Forward {
   /// Ends with a barrier.
   KOKKOS_INLINE_FUNCTION void load_state(const Team& team, const HostRow& row, const Slice& slice) const {
     // A GPU's rows are longer for the sake of the banks, and what is behind their keys is never read.
-    if (row.source == nullptr || (on_host && p.row_size > p.key_dim))
+    if (!p.initial_state || (on_host && p.row_size > p.key_dim))
       Kokkos::parallel_for(Kokkos::TeamVectorRange(team, slice.rows * p.row_size), [&](const int i) { slice.S[i] = 0; });
     team.team_barrier();
-    if (row.source != nullptr) {
-      const TensorView& from = *row.source;
-      const std::int64_t base = offset_of(from, row.source_slot, slice.h, slice.first);
-      const std::int64_t v_stride = from.strides[2], k_stride = from.strides[3];
-      with_element(from.dtype, [&](auto type) {
-        const auto* data = static_cast<const decltype(type)*>(from.data) + base;
-        for_each_element(team, slice.rows, p.key_dim, v_stride, k_stride, [&](const int v, const int i) {
-          slice.S[v * p.row_size + i] = widened(data[v * v_stride + i * k_stride]);
-        });
-      });
-    }
+    if (p.initial_state && p.resolved != nullptr)
+      read_state(team, *row.source, row.source_slot, slice);
+    else if (p.initial_state)
+      read_state(team, p.state_read, row.source_slot, slice);
     team.team_barrier();
+  }
+
+  KOKKOS_INLINE_FUNCTION void read_state(const Team& team, const TensorView& from, std::int64_t slot,
+                                         const Slice& slice) const {
+    const std::int64_t base = offset_of(from, slot, slice.h, slice.first), v_stride = from.strides[2],
+                       k_stride = from.strides[3];
+    with_element(from.dtype, [&](auto type) {
+      const auto* data = static_cast<const decltype(type)*>(from.data) + base;
+      for_each_element(team, slice.rows, p.key_dim, v_stride, k_stride, [&](const int v, const int i) {
+        slice.S[v * p.row_size + i] = widened(data[v * v_stride + i * k_stride]);
+      });
+    });
   }
 
   /// To to[index...], a state of all heads. The tokens before it must be done.
   template <class... Index>
   KOKKOS_INLINE_FUNCTION void store_state(const Team& team, const TensorView& to, const Slice& slice, Index... index) const {
     const std::int64_t base = offset_of(to, index..., slice.h, slice.first);
-    const std::int64_t v_stride = to.strides[to.rank - 2], k_stride = to.strides[to.rank - 1];
+    const std::int64_t v_stride = to.strides[sizeof...(index) + 1], k_stride = to.strides[sizeof...(index) + 2];
     with_element(to.dtype, [&](auto type) {
       auto* data = static_cast<decltype(type)*>(to.data) + base;
       for_each_element(team, slice.rows, p.key_dim, v_stride, k_stride, [&](const int v, const int i) {
@@ -226,14 +231,14 @@ class Commit {
   explicit Commit(const CommitParams& params) : p(params) {}
 
   int teams() const { return static_cast<int>(p.rows * p.heads); }
-  std::size_t scratch_bytes() const { return 0; }
+  KOKKOS_INLINE_FUNCTION std::size_t scratch_bytes() const { return 0; }
 
   KOKKOS_INLINE_FUNCTION void operator()(const Team& team) const {
     const std::int64_t n = team.league_rank() / p.heads;
     const int h = team.league_rank() % p.heads;
-    const std::int64_t slot = checked_slot(p, FaultKind::write_slots, index_at(p.write_slots, n), n);
+    const std::int64_t slot = checked_slot(p, FaultKind::write_slots, index_in(p.write_slots, n), n);
     if (slot < 0) return;
-    const std::int64_t count = index_at(p.accepted, n), room = p.snapshots.shape[1];
+    const std::int64_t count = index_in(p.accepted, n), room = p.snapshots.shape[1];
     if (count < 1 || count > room) return record(p.fault, FaultKind::accepted, n, count, room);
     for_each_element(team, p.value_dim, p.key_dim, p.state.strides[2], p.state.strides[3], [&](const int v, const int i) {
       store(p.state, load(p.snapshots, n, count - 1, h, v, i), slot, h, v, i);

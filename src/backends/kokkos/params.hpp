@@ -16,9 +16,6 @@ namespace gatedelta::kokkos {
 /// A sum over the keys is kept in as many parts as a host's vectors have elements, so that the compiler may use vectors without
 /// changing the result. On a GPU the lanes of a warp do that.
 inline constexpr int parts = on_host ? 16 : 1;
-/// Threads and vector lanes of a team; results depend on them, so they are fixed.
-inline constexpr int team_threads = on_host ? 1 : 8;
-inline constexpr int team_lanes = on_host ? 1 : 32;
 
 /// K has to fit into a team's scratch memory with one row of the state, q and k.
 inline constexpr std::int64_t max_key_dim = 1024;
