@@ -8,17 +8,19 @@
 namespace gatedelta::kokkos {
 
 /// Of products over the keys.
+template <class Real>
 struct Sum {
-  float part[parts] = {};
+  Real part[parts] = {};
 
   KOKKOS_INLINE_FUNCTION Sum& operator+=(const Sum& other) {
     for (int i = 0; i < parts; ++i) part[i] += other.part[i];
     return *this;
   }
-  KOKKOS_INLINE_FUNCTION float total() const {
-    float out = 0;
-    for (int i = 0; i < parts; ++i) out += part[i];
-    return out;
+  template <int count = parts>
+  KOKKOS_INLINE_FUNCTION Real total() {
+    if constexpr (count == 1) return part[0];
+    for (int i = 0; i < count / 2; ++i) part[i] += part[i + count / 2];
+    return total<(count + 1) / 2>();
   }
 };
 
@@ -186,13 +188,23 @@ class Forward {
     });
   }
 
+  /// Of the sums over the keys, part `part` has these.
+  KOKKOS_INLINE_FUNCTION static int key_of(int block, int part) { return block * parts + part; }
+  KOKKOS_INLINE_FUNCTION int blocks() const { return on_host ? p.row_size / parts : p.key_dim; }
+
   /// Each thread of the team computes it for itself.
   KOKKOS_INLINE_FUNCTION float inverse_norm(const Team& team, const float* vector) const {
-    double squares = 0;
+    Sum<double> squares;
     Kokkos::parallel_reduce(
-        Kokkos::ThreadVectorRange(team, p.key_dim),
-        [&](const int i, double& sum) { sum += static_cast<double>(vector[i]) * static_cast<double>(vector[i]); }, squares);
-    return static_cast<float>(1 / ::sqrt(squares + p.l2_eps));
+        Kokkos::ThreadVectorRange(team, blocks()),
+        [&](const int block, Sum<double>& sum) {
+          for (int i = 0; i < parts; ++i) {
+            const double x = vector[key_of(block, i)];
+            sum.part[i] += x * x;
+          }
+        },
+        squares);
+    return static_cast<float>(1 / ::sqrt(squares.total() + p.l2_eps));
   }
 
   /// One token of one value row.
@@ -201,25 +213,25 @@ class Forward {
     const float* const q = slice.q;
     const float* const k = slice.k;
     const float decay = slice.gates[0];
-    const int blocks = on_host ? p.row_size / parts : p.key_dim;
-    Sum recalled, out;
+    Sum<float> recalled, out;
     Kokkos::parallel_reduce(
-        Kokkos::ThreadVectorRange(team, blocks),
-        [&](const int block, Sum& sum) {
-          for (int i = 0; i < parts; ++i) sum.part[i] += decay * row[block * parts + i] * k[block * parts + i];
+        Kokkos::ThreadVectorRange(team, blocks()),
+        [&](const int block, Sum<float>& sum) {
+          for (int i = 0; i < parts; ++i) sum.part[i] += decay * row[key_of(block, i)] * k[key_of(block, i)];
         },
         recalled);
     const float u = slice.gates[1] * (load(p.v, batch, token, slice.h / p.v_group, slice.first + v) - recalled.total());
     Kokkos::parallel_reduce(
-        Kokkos::ThreadVectorRange(team, blocks),
-        [&](const int block, Sum& sum) {
+        Kokkos::ThreadVectorRange(team, blocks()),
+        [&](const int block, Sum<float>& sum) {
           float next[parts];
-          for (int i = 0; i < parts; ++i) next[i] = decay * row[block * parts + i] + u * k[block * parts + i];
-          for (int i = 0; i < parts; ++i) row[block * parts + i] = next[i];
-          for (int i = 0; i < parts; ++i) sum.part[i] += next[i] * q[block * parts + i];
+          for (int i = 0; i < parts; ++i) next[i] = decay * row[key_of(block, i)] + u * k[key_of(block, i)];
+          for (int i = 0; i < parts; ++i) row[key_of(block, i)] = next[i];
+          for (int i = 0; i < parts; ++i) sum.part[i] += next[i] * q[key_of(block, i)];
         },
         out);
-    Kokkos::single(Kokkos::PerThread(team), [&] { store(p.o, p.scale * out.total(), batch, token, slice.h, slice.first + v); });
+    const float total = out.total();
+    Kokkos::single(Kokkos::PerThread(team), [&] { store(p.o, p.scale * total, batch, token, slice.h, slice.first + v); });
   }
 
   ForwardParams p;
@@ -262,7 +274,7 @@ void launch(const Space& space, const char* name, const Kernel& kernel) {
 
 }  // namespace gatedelta::kokkos
 
-template <>
-struct Kokkos::reduction_identity<gatedelta::kokkos::Sum> {
-  KOKKOS_FORCEINLINE_FUNCTION static gatedelta::kokkos::Sum sum() { return {}; }
+template <class Real>
+struct Kokkos::reduction_identity<gatedelta::kokkos::Sum<Real>> {
+  KOKKOS_FORCEINLINE_FUNCTION static gatedelta::kokkos::Sum<Real> sum() { return {}; }
 };
