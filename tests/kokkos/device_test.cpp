@@ -3,9 +3,11 @@
 // execution space, with host memory that is said to be a device's.
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backends/kokkos/kernels.hpp"
@@ -148,4 +150,64 @@ TEST_CASE("the first of several faults is reported") {
          message == "read_slots: row 1 has slot 3, the pool has 2 slots"));
   CHECK(device_error(backend) == "");
   CHECK(o != std::vector<float>{0, 0});  // the good call after it
+}
+
+TEST_CASE("sizes beyond those of the generated calls") {
+  constexpr std::int64_t most = kokkos::max_key_dim;
+  const auto as_if_random = [](std::size_t size, float step) {
+    std::vector<float> out(size);
+    for (std::size_t i = 0; i < size; ++i) out[i] = 1 + std::sin(step * static_cast<float>(i));  // no sum cancels
+    return out;
+  };
+  for (const auto& [K, V] : {std::pair<std::int64_t, std::int64_t>{most, 7}, {most - 1, 3}, {300, 40}, {3, 2000}, {1, 5000}}) {
+    CAPTURE(K);
+    CAPTURE(V);
+    Config config = scalar();
+    config.key_dim = K;
+    config.value_dim = V;
+    std::vector<float> q = as_if_random(static_cast<std::size_t>(2 * K), 0.7f), k = as_if_random(q.size(), 1.3f),
+                       v = as_if_random(static_cast<std::size_t>(2 * V), 2.1f), o(v.size()), expected(v.size()),
+                       state = as_if_random(static_cast<std::size_t>(V * K), 0.3f), expected_state = state;
+    const auto call = [&](std::vector<float>& out, std::vector<float>& pool, Device device) {
+      Arguments arguments;
+      arguments.q = view(q.data(), {1, 2, 1, K}, {}, device), arguments.k = view(k.data(), {1, 2, 1, K}, {}, device);
+      arguments.v = view(v.data(), {1, 2, 1, V}, {}, device), arguments.o = view(out.data(), {1, 2, 1, V}, {}, device);
+      arguments.state = view(pool.data(), {1, 1, V, K}, {}, device);
+      return arguments;
+    };
+    FarBackend backend;
+    GatedDeltaRule(config, backend).forward(call(o, state, elsewhere));
+    GatedDeltaRule(config, "reference").forward(call(expected, expected_state, {}));
+    const auto close = [](const std::vector<float>& found, const std::vector<float>& wanted) {
+      double distance = 0, norm = 0;
+      for (std::size_t i = 0; i < found.size(); ++i) {
+        distance += std::pow(found[i] - wanted[i], 2);
+        norm += std::pow(wanted[i], 2);
+      }
+      return std::sqrt(distance / norm) < 1e-6;
+    };
+    CHECK(close(o, expected));
+    CHECK(close(state, expected_state));
+  }
+}
+
+TEST_CASE("what the backend does not do") {
+  Problem problem;
+  problem.config = scalar();
+  problem.rows = 1;
+  const Backend& backend = *find_backend("kokkos");
+  CHECK(backend.unsupported_reason(problem) == "");
+  problem.config.key_dim = kokkos::max_key_dim;
+  CHECK(backend.unsupported_reason(problem) == "");
+  problem.config.key_dim = kokkos::max_key_dim + 1;
+  CHECK(backend.unsupported_reason(problem) == "K = 1025 is larger than 1024");
+  problem.config.key_dim = 1;
+  problem.window = true;
+  CHECK(backend.unsupported_reason(problem) == "replay windows are not implemented");
+  problem.window = false;
+  problem.config.value_dim = 4096;
+  problem.rows = std::int64_t{1} << 31;
+  CHECK(backend.unsupported_reason(problem) == "more than 2^31 teams of rows, heads and value rows");
+  CHECK(backend.reaches(Device{}));
+  CHECK_FALSE(backend.reaches(elsewhere));
 }
