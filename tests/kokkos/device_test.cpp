@@ -159,7 +159,8 @@ TEST_CASE("sizes beyond those of the generated calls") {
     for (std::size_t i = 0; i < size; ++i) out[i] = 1 + std::sin(step * static_cast<float>(i));  // no sum cancels
     return out;
   };
-  for (const auto& [K, V] : {std::pair<std::int64_t, std::int64_t>{most, 7}, {most - 1, 3}, {300, 40}, {3, 2000}, {1, 5000}}) {
+  for (const auto& size : {std::pair<std::int64_t, std::int64_t>{most, 7}, {most - 1, 3}, {300, 40}, {3, 2000}, {1, 5000}}) {
+    const std::int64_t K = size.first, V = size.second;
     CAPTURE(K);
     CAPTURE(V);
     Config config = scalar();
