@@ -6,6 +6,7 @@
 #     export LD_LIBRARY_PATH=$PWD/FOLDER/bundle/lib
 #     FOLDER/bundle/checkkernel --backend kokkos --cases 200
 #     CUDA_TEST_BACKEND=kokkos FOLDER/bundle/cuda_test
+#     FOLDER/bundle/kokkos_test
 #     FOLDER/bundle/gatedelta bench --backend cuda,kokkos
 #
 # Needs nvcc 12 or newer in PATH; nvcc 13 needs Kokkos 4.7.
@@ -32,6 +33,6 @@ if [ ! -f "$folder/build/build.ninja" ]; then
   meson setup "$folder/build" -Dkokkos=enabled -Dcuda=enabled -Dtools=enabled -Dtests=enabled -Dexamples=disabled \
     --cmake-prefix-path="$folder/kokkos"
 fi
-programs=(gatedelta tests/checkkernel/checkkernel tests/unit/cuda_test)
+programs=(gatedelta tests/checkkernel/checkkernel tests/unit/cuda_test tests/interop/kokkos_test)
 ninja -C "$folder/build" "${programs[@]}"
 tools/bundle.sh "$folder/bundle" "${programs[@]/#/$folder/build/}"

@@ -61,7 +61,10 @@ void initialise() {
 }
 
 #if defined(KOKKOS_ENABLE_CUDA)
-Space space_on(void* stream, int) { return Space(static_cast<cudaStream_t>(stream)); }
+Space space_on(void* stream, int) {
+  (void)cudaSetDevice(device().index);  // Kokkos asks the driver of the stream, which needs a context in this thread
+  return Space(static_cast<cudaStream_t>(stream));
+}
 #elif defined(KOKKOS_ENABLE_HIP)
 Space space_on(void* stream, int) { return Space(static_cast<hipStream_t>(stream)); }
 #elif defined(KOKKOS_ENABLE_SYCL)
