@@ -45,7 +45,7 @@ struct GATEDELTA_API TensorView {
   std::array<std::int64_t, max_rank> strides{};  ///< in elements; the first `rank` count
 
   /// True where the caller gave a tensor (an empty one counts).
-  bool defined() const noexcept { return rank > 0; }
+  constexpr bool defined() const noexcept { return rank > 0; }
   /// The product of the sizes; 0 where there is no tensor.
   std::int64_t elements() const noexcept {
     if (rank == 0) return 0;

@@ -12,6 +12,9 @@ namespace gatedelta {
 std::unique_ptr<Backend> make_cuda_backend();
 #endif
 std::unique_ptr<Backend> make_cpu_backend();
+#ifdef GATEDELTA_KOKKOS
+std::unique_ptr<Backend> make_kokkos_backend();
+#endif
 std::unique_ptr<Backend> make_reference_backend();
 
 }  // namespace gatedelta

@@ -23,6 +23,9 @@ struct Registry {
     builtin.push_back(make_cuda_backend());
 #endif
     builtin.push_back(make_cpu_backend());
+#ifdef GATEDELTA_KOKKOS
+    builtin.push_back(make_kokkos_backend());
+#endif
     builtin.push_back(make_reference_backend());
   }
 };

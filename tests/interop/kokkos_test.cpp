@@ -2,6 +2,8 @@
 #define DOCTEST_CONFIG_IMPLEMENT
 #include "gatedelta/interop/kokkos.hpp"
 
+#include <cstdio>
+
 #include "same.hpp"
 
 using namespace gatedelta;
@@ -65,6 +67,12 @@ TEST_CASE("a call on Kokkos's views") {
 }
 
 int main(int argc, char** argv) {
+#ifdef KOKKOS_ENABLE_CUDA
+  if (int count = 0; cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    std::puts("there is no CUDA device");
+    return 77;
+  }
+#endif
   const Kokkos::ScopeGuard guard(argc, argv);
   return doctest::Context(argc, argv).run();
 }

@@ -84,8 +84,16 @@ struct Fixture {
 
 std::vector<Backend*> host_backends() {
   std::vector<Backend*> out;
-  for (Backend* backend : backends())
-    if (backend->availability().available && backend->reaches({})) out.push_back(backend);
+  for (Backend* backend : backends()) {
+    if (!backend->availability().available || !backend->reaches({})) continue;
+    Problem problem;
+    problem.config = config();
+    problem.window = true;
+    if (const std::string reason = backend->unsupported_reason(problem); !reason.empty())
+      MESSAGE("skipped " << backend->name() << ": " << reason);
+    else
+      out.push_back(backend);
+  }
   return out;
 }
 
