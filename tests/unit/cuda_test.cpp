@@ -48,6 +48,9 @@ class Array {
   TensorView view(std::initializer_list<std::int64_t> shape, std::initializer_list<std::int64_t> strides = {}) const {
     return gatedelta::view(data_, shape, strides, gpu);
   }
+  TensorView view_as(DType dtype, std::initializer_list<std::int64_t> shape) const {
+    return make_view(data_, dtype, shape, {}, gpu);
+  }
 
  private:
   T* data_ = nullptr;
@@ -73,6 +76,63 @@ std::string device_error(Backend& backend, void* stream = nullptr) {
   }
   return {};
 }
+
+/// Calls as a model makes them, of one row, in bfloat16.
+class Model {
+ public:
+  static constexpr std::int64_t q_heads = 2, v_heads = 4, dim = 128, state_size = v_heads * dim * dim;
+
+  Model(Backend& backend, std::int64_t tokens, std::uint32_t seed)
+      : tokens_(tokens),
+        seed_(seed),
+        op_(config(), backend),
+        q_(random(tokens * q_heads * dim)),
+        k_(random(tokens * q_heads * dim)),
+        v_(random(tokens * v_heads * dim)),
+        a_(random(tokens * v_heads)),
+        b_(random(tokens * v_heads)),
+        o_(static_cast<std::size_t>(tokens * v_heads * dim)),
+        A_log_(std::vector<float>{0.5f, -1, 0, 1}),
+        slot_(std::vector<std::int64_t>{0}) {}
+
+  /// bfloat16 numbers between 2^-5 and 1 of either sign.
+  std::vector<std::uint16_t> random(std::int64_t count) {
+    std::vector<std::uint16_t> out(static_cast<std::size_t>(count));
+    for (std::uint16_t& x : out) {
+      seed_ = seed_ * 1664525 + 1013904223;
+      x = static_cast<std::uint16_t>((seed_ >> 16 & 0x8000u) | 0x3d00u | (seed_ >> 8 & 0x27fu));
+    }
+    return out;
+  }
+  void forward(const TensorView& pool, std::int64_t slot, void* stream = nullptr) {
+    slot_.set({slot});
+    run(pool, stream);
+  }
+  void run(const TensorView& pool, void* stream) {
+    Arguments call;
+    call.q = q_.view_as(DType::bf16, {1, tokens_, q_heads, dim}), call.k = k_.view_as(DType::bf16, {1, tokens_, q_heads, dim});
+    call.v = v_.view_as(DType::bf16, {1, tokens_, v_heads, dim}), call.o = o_.view_as(DType::bf16, {1, tokens_, v_heads, dim});
+    call.a = a_.view_as(DType::bf16, {1, tokens_, v_heads}), call.b = b_.view_as(DType::bf16, {1, tokens_, v_heads});
+    call.A_log = A_log_.view({v_heads}), call.state = pool, call.read_slots = slot_.view({1}), call.stream = stream;
+    op_.forward(call);
+  }
+  std::vector<std::uint16_t> outputs() const { return o_.get(); }
+
+ private:
+  static Config config() {
+    Config config{.q_heads = q_heads, .k_heads = q_heads, .v_heads = v_heads, .key_dim = dim, .value_dim = dim};
+    DTypes& d = config.dtypes;
+    d.q = d.k = d.v = d.o = d.gate = d.beta = d.state = DType::bf16;
+    return config;
+  }
+
+  const std::int64_t tokens_;
+  std::uint32_t seed_;
+  GatedDeltaRule op_;
+  Array<std::uint16_t> q_, k_, v_, a_, b_, o_;
+  Array<float> A_log_;
+  Array<std::int64_t> slot_;
+};
 
 }  // namespace
 
@@ -169,4 +229,72 @@ TEST_CASE("slots more than 2^31 elements apart") {
   CHECK(device_error(*backend) == "");
   CHECK(o.get() == std::vector<float>{7});
   CHECK(pool.get(static_cast<std::size_t>(2 * stride), 1) == std::vector<float>{7});
+}
+
+TEST_CASE("a pool of 100 GB gives what a small one gives") {
+  Backend* backend = usable();
+  if (backend == nullptr) return;
+  constexpr std::size_t bytes = 100'000'000'000, slot_bytes = 2 * Model::state_size;
+  constexpr auto slots = static_cast<std::int64_t>(bytes / slot_bytes);
+  std::size_t free = 0, total = 0;
+  REQUIRE(cudaMemGetInfo(&free, &total) == cudaSuccess);
+  if (free < bytes + (std::size_t{1} << 28)) {
+    MESSAGE("skipped: needs 100 GB of free device memory");
+    return;
+  }
+  Array<std::uint16_t> large(bytes / 2);
+  for (const std::int64_t tokens : {1, 4}) {
+    Model model(*backend, tokens, 1);
+    const std::vector<std::uint16_t> state = model.random(Model::state_size);
+    Array<std::uint16_t> small(state);
+    model.forward(small.view_as(DType::bf16, {1, Model::v_heads, Model::dim, Model::dim}), 0);
+    REQUIRE(device_error(*backend) == "");
+    const auto outputs = model.outputs(), after = small.get();
+    CHECK(after != state);
+    for (const std::int64_t slot : {std::int64_t{0}, slots / 2, slots - 1}) {
+      const auto at = static_cast<std::size_t>(slot) * Model::state_size;
+      large.set(state, at);
+      model.forward(large.view_as(DType::bf16, {slots, Model::v_heads, Model::dim, Model::dim}), slot);
+      CHECK(device_error(*backend) == "");
+      CHECK(model.outputs() == outputs);
+      CHECK(large.get(at, Model::state_size) == after);
+    }
+  }
+}
+
+TEST_CASE("two streams at once do what they do one after the other") {
+  Backend* backend = usable();
+  if (backend == nullptr) return;
+  constexpr int steps = 50;
+  Model first(*backend, 1, 1), second(*backend, 4, 2);
+  const std::vector<std::uint16_t> state = first.random(Model::state_size);
+  std::vector<std::uint16_t> expected_outputs[2], expected_states[2];
+  for (const bool together : {false, true}) {
+    const Array<std::uint16_t> pools[2] = {Array<std::uint16_t>(state), Array<std::uint16_t>(state)};
+    cudaStream_t streams[2];
+    for (cudaStream_t& stream : streams) REQUIRE(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+    const auto step = [&](int i) {
+      const TensorView pool = pools[i].view_as(DType::bf16, {1, Model::v_heads, Model::dim, Model::dim});
+      (i == 0 ? first : second).run(pool, streams[i]);
+    };
+    if (together) {
+      for (int n = 0; n < steps; ++n) step(0), step(1);
+    } else {
+      for (int i = 0; i < 2; ++i) {
+        for (int n = 0; n < steps; ++n) step(i);
+        REQUIRE(device_error(*backend, streams[i]) == "");
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      CHECK(device_error(*backend, streams[i]) == "");
+      const auto outputs = (i == 0 ? first : second).outputs(), after = pools[i].get();
+      CHECK(after != state);
+      if (together) {
+        CHECK(outputs == expected_outputs[i]);
+        CHECK(after == expected_states[i]);
+      }
+      expected_outputs[i] = outputs, expected_states[i] = after;
+      CHECK(cudaStreamDestroy(streams[i]) == cudaSuccess);
+    }
+  }
 }
