@@ -271,6 +271,7 @@ TEST_CASE("two streams at once do what they do one after the other") {
   std::vector<std::uint16_t> expected_outputs[2], expected_states[2];
   for (const bool together : {false, true}) {
     const Array<std::uint16_t> pools[2] = {Array<std::uint16_t>(state), Array<std::uint16_t>(state)};
+    REQUIRE(cudaDeviceSynchronize() == cudaSuccess);  // the pools' copies, for streams that do not wait for them
     cudaStream_t streams[2];
     for (cudaStream_t& stream : streams) REQUIRE(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
     const auto step = [&](int i) {
