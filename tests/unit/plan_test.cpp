@@ -128,3 +128,15 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
   CHECK(plan_of({.tokens = 4, .activations = DType::f16}).kernel == Kernel::verify);
   CHECK(plan_of({.tokens = 4, .snapshots = true}).kernel == Kernel::serving);
 }
+
+TEST_CASE("a shape for measuring is three numbers") {
+  CHECK_FALSE(parse_shape(nullptr));
+  CHECK_FALSE(parse_shape(""));
+  const auto shape = parse_shape("8:2:16");
+  REQUIRE(shape);
+  CHECK(shape->rows_a_lane == 8);
+  CHECK(shape->warps == 2);
+  CHECK(shape->span == 16);
+  CHECK_THROWS_WITH_AS(parse_shape("8:2"), "GATEDELTA_CUDA_SHAPE: '8:2' is not ROWS:WARPS:SPAN", Error);
+  CHECK_THROWS_AS(parse_shape("8:2:16x"), Error);
+}

@@ -2,20 +2,32 @@
 #include "backends/cuda/plan.hpp"
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <iterator>
+#include <string>
+
+#include "gatedelta/error.hpp"
 
 namespace gatedelta::cuda {
 namespace {
 
 constexpr std::int64_t no_bound = INT64_MAX;
 
-// Measured on an H200 with 16 query and 32 value heads and K = V = 128, by trying all of them.
+// Measured on an H200 with 16 query and 32 value heads and K = V = 128 by bench/tune_cuda, which tries all of them.
 constexpr Choice decode_16_bit[] = {{256, {4, 2, 8}}, {no_bound, {8, 1, 16}}};
-constexpr Choice decode_32_bit[] = {{32, {4, 2, 4}}, {256, {8, 2, 8}}, {2048, {4, 2, 4}}, {no_bound, {8, 1, 8}}};
+constexpr Choice decode_32_bit[] = {
+    {32, {4, 2, 4}}, {128, {8, 2, 8}}, {256, {8, 1, 16}}, {2048, {4, 2, 4}}, {no_bound, {8, 1, 8}}};
 constexpr Choice decode_value_last[] = {{64, {1, 1, 16}}, {no_bound, {1, 4, 16}}};
 constexpr Choice verify_rows[] = {{256, {0, 1, 16}}, {no_bound, {0, 1, 64}}};
-constexpr Choice serving_update[] = {{256, {0, 1, 16}}, {1024, {0, 4, 32}}, {2048, {0, 2, 32}}, {no_bound, {0, 4, 32}}};
-constexpr Choice serving_each[] = {{256, {0, 1, 16}}, {1024, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
+constexpr Choice serving_update_16_bit[] = {
+    {32, {0, 1, 16}}, {256, {0, 4, 16}}, {512, {0, 4, 32}}, {1024, {0, 2, 64}}, {2048, {0, 2, 32}}, {no_bound, {0, 4, 32}},
+};
+constexpr Choice serving_update_32_bit[] = {
+    {128, {0, 2, 16}}, {256, {0, 4, 32}}, {512, {0, 2, 64}}, {2048, {0, 2, 32}}, {no_bound, {0, 4, 32}},
+};
+constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 2, 16}}};
+constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_read[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 
@@ -33,13 +45,30 @@ bool states_have_vectors(const ForwardParams& p, int dimension) {
   return good(p.state_read) && good(p.state_write) && good(p.snapshots);
 }
 
+bool has_kernel(const Plan& plan, const Shape& shape) {
+  if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4) || shape.span < 1) return false;
+  const int rows = shape.rows_a_lane;
+  return plan.kernel != Kernel::decode || plan.value_last || rows == 2 || rows == 4 || rows == 8;
+}
+
 }  // namespace
+
+std::optional<Shape> parse_shape(const char* text) {
+  if (text == nullptr || *text == '\0') return {};
+  Shape shape;
+  char rest;
+  if (std::sscanf(text, "%d:%d:%d%c", &shape.rows_a_lane, &shape.warps, &shape.span, &rest) != 3)
+    throw Error(ErrorCode::invalid_argument, "GATEDELTA_CUDA_SHAPE: '" + std::string(text) + "' is not ROWS:WARPS:SPAN");
+  return shape;
+}
 
 Choices choices(const Plan& plan, DType state, Stores stores) {
   if (plan.kernel == Kernel::verify) return all(verify_rows);
   if (plan.kernel == Kernel::serving) {
     if (plan.value_last) return all(serving_value_last);
-    return stores == Stores::each ? all(serving_each) : stores == Stores::last ? all(serving_update) : all(serving_read);
+    if (stores == Stores::none) return all(serving_read);
+    if (state == DType::f32) return stores == Stores::each ? all(serving_each_32_bit) : all(serving_update_32_bit);
+    return stores == Stores::each ? all(serving_each_16_bit) : all(serving_update_16_bit);
   }
   if (plan.value_last) return all(decode_value_last);
   return state == DType::f32 ? all(decode_32_bit) : all(decode_16_bit);
@@ -83,6 +112,11 @@ Plan make_plan(const ForwardParams& p) {
   }
   const Stores stores = snapshots || p.store_tokens ? Stores::each : p.store_final ? Stores::last : Stores::none;
   const Choices rows = choices(plan, p.state_dtype, stores);
+  static const std::optional<Shape> forced = parse_shape(std::getenv("GATEDELTA_CUDA_SHAPE"));
+  if (forced && has_kernel(plan, *forced)) {
+    plan.shape = *forced;
+    return plan;
+  }
   plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
   return plan;
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <optional>
+
 #include "backends/cuda/params.hpp"
 
 // Which kernel runs a call, and how it is cut into blocks.
@@ -38,6 +40,10 @@ struct Choices {
   const Choice* end;
 };
 Choices choices(const Plan& plan, DType state, Stores stores);
+
+/// The shape in the environment's GATEDELTA_CUDA_SHAPE, "rows_a_lane:warps:span", which takes the place of the tables where the
+/// kernel can have it: for measuring. Throws if it makes no sense.
+std::optional<Shape> parse_shape(const char* text);
 
 /// From what the host knows of the call. The kernel, and so the bits of the result, depends on the form of the call and on
 /// T, but never on the number of rows; the shape may.
