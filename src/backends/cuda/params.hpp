@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/faults.hpp"
 #include "gatedelta/operator.hpp"
 
 namespace gatedelta {
@@ -14,14 +15,6 @@ struct Call;
 
 // What the host hands to the kernels: plain data, passed by value at the launch.
 namespace gatedelta::cuda {
-
-enum class FaultKind : int { none, read_slots, write_slots, token_slots, accepted, cu_seqlens, token_room, snapshot_room };
-
-/// The first fault since the last check on a device.
-struct Fault {
-  int kind;
-  long long row, value, limit;
-};
 
 /// A TensorView without what the host has checked already. data is null where there is no tensor.
 template <class Stride, int rank>

@@ -101,14 +101,14 @@ Plan make_plan(const ForwardParams& p) {
     plan.token_tile = p.tokens <= 8 || p.key_dim == 256 ? 8 : 16;
     plan.common = vectors;
   }
-  const Stores stores = snapshots || p.store_tokens ? Stores::each : p.store_final ? Stores::last : Stores::none;
-  const Choices rows = choices(plan, p.state_dtype, stores);
   static const std::optional<Shape> forced = parse_shape(std::getenv("GATEDELTA_CUDA_SHAPE"));
   if (forced && has_kernel(plan, *forced)) {
     plan.shape = *forced;
-    return plan;
+  } else {
+    const Stores stores = snapshots || p.store_tokens ? Stores::each : p.store_final ? Stores::last : Stores::none;
+    const Choices rows = choices(plan, p.state_dtype, stores);
+    plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
   }
-  plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
   return plan;
 }
 

@@ -23,7 +23,7 @@ constexpr int serving_max_warps = 4;  ///< of a block
 template <bool value_last>
 constexpr int serving_stages = value_last ? 1 : 2;
 
-/// Beside the state, of each value row pair that a lane has of a token.
+/// A unit of the state, and of v the pairs that each lane needs with it.
 template <class Unit>
 constexpr int serving_stage_bytes = static_cast<int>(Unit::bytes) + Unit::tiles* Unit::halves * 32 * 4;
 
@@ -84,12 +84,6 @@ __global__ void __launch_bounds__(32 * serving_max_warps,
         if (const int value = m * Unit::tile_rows + 8 * half; first_value + value < span_end)
           __pipeline_memcpy_async(v_word(stage, m, half), v + value, sizeof(Pair));
   };
-  const auto fetch_inputs = [&] {
-    tokens.fetch(p, n, h, count, g, c);
-    if (warp == 0) tokens.template fetch_gates<common>(p, n, h, count, g);
-#pragma unroll
-    for (int stage = 0; stage < stages; ++stage) fetch_values(stage, span_begin + stage * Unit::rows);
-  };
   const auto fetch_unit = [&](int stage, int first_value) {
     if (first_value < span_end) {
       if (slots.source >= 0 && p.initial_state)
@@ -111,7 +105,10 @@ __global__ void __launch_bounds__(32 * serving_max_warps,
     begin();
     cudaGridDependencySynchronize();
   }
-  fetch_inputs();
+  tokens.fetch(p, n, h, count, g, c);
+  if (warp == 0) tokens.template fetch_gates<common>(p, n, h, count, g);
+#pragma unroll
+  for (int stage = 0; stage < stages; ++stage) fetch_values(stage, span_begin + stage * Unit::rows);
   if (p.dependent)
     __pipeline_commit();
   else

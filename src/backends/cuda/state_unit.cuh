@@ -5,9 +5,9 @@
 
 namespace gatedelta::cuda {
 
-/// What a warp moves at a time of a head's state, in shared memory: whole lines of device memory, which pieces of 64 bytes
-/// would cost 5 % of its bandwidth, and from there as fragments of matrix products, 16 value rows (or 8: a tile of one "half")
-/// at a time. Copies are asynchronous. The state has no gaps: K-last a unit is contiguous, V-last it is 128 bytes of each key.
+/// What a warp moves at a time of a head's state, in shared memory: whole lines of device memory, since pieces of 64 bytes
+/// would cost 5 % of its bandwidth. From there it goes as fragments of matrix products, a tile of 16 value rows at a time, in
+/// two halves. Copies are asynchronous. The state has no gaps: K-last a unit is contiguous, V-last it is 128 bytes of each key.
 ///
 /// Of a tile, with g = lane / 4 and c = lane % 4, a lane has value row g of each half, and of it the keys width (c + 4i) ...
 /// width (c + 4i) + width - 1 for each run i, in pairs j, as four words. Products do not care for the order of what they sum
@@ -34,6 +34,7 @@ class StateUnit {
     for_each_vector<line_vectors>(from, count, 0,
                                   [](char* to, const State* vector) { __pipeline_memcpy_async(to, vector, 16); });
   }
+  /// Of a row that starts from zero.
   __device__ void clear() const {
     for_each_vector<line_vectors>(static_cast<State*>(nullptr), rows, 0,
                                   [](char* to, State*) { *reinterpret_cast<uint4*>(to) = uint4{}; });

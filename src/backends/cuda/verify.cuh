@@ -242,9 +242,11 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
             o[group][half][e] = factors.query * (d[0][group][half][2 + e] + d[1][group][half][2 + e]);
           }
       }
-      if (single_turn && first_value + Tile::warp_rows < span_end) fetch_values(0, count, first_value + Tile::warp_rows);
+      if (single_turn && first_value + Tile::warp_rows < span_end) {
+        fetch_values(0, count, first_value + Tile::warp_rows);
+      }
 
-        // The triangular system: the lanes of a token hand their corrections to those of the later tokens.
+      // The triangular system: the lanes of a token hand their corrections to those of the later tokens.
 #pragma unroll
       for (int j = 0; j < token_tile; ++j) {
         float known[halves][2];
