@@ -14,13 +14,20 @@ namespace {
 
 constexpr std::int64_t no_bound = INT64_MAX;
 
-// Measured on an H200 with 16 query and 32 value heads and K = V = 128; bench/tune_cuda tries others.
+// Measured on an H200 with 16 query and 32 value heads and K = V = 128 by bench/tune_cuda, which tries all of them.
 constexpr Choice decode_16_bit[] = {{256, {4, 2, 8}}, {no_bound, {8, 1, 16}}};
-constexpr Choice decode_32_bit[] = {{32, {4, 2, 4}}, {256, {8, 2, 8}}, {2048, {4, 2, 4}}, {no_bound, {8, 1, 8}}};
+constexpr Choice decode_32_bit[] = {
+    {32, {4, 2, 4}}, {128, {8, 2, 8}}, {256, {8, 1, 16}}, {2048, {4, 2, 4}}, {no_bound, {8, 1, 8}}};
 constexpr Choice decode_value_last[] = {{64, {1, 1, 16}}, {no_bound, {1, 4, 16}}};
 constexpr Choice verify_rows[] = {{256, {0, 1, 16}}, {no_bound, {0, 1, 64}}};
-constexpr Choice serving_update[] = {{256, {0, 1, 16}}, {1024, {0, 4, 32}}, {2048, {0, 2, 32}}, {no_bound, {0, 4, 32}}};
-constexpr Choice serving_each[] = {{256, {0, 1, 16}}, {1024, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
+constexpr Choice serving_update_16_bit[] = {
+    {32, {0, 1, 16}}, {256, {0, 4, 16}}, {512, {0, 4, 32}}, {1024, {0, 2, 64}}, {2048, {0, 2, 32}}, {no_bound, {0, 4, 32}},
+};
+constexpr Choice serving_update_32_bit[] = {
+    {128, {0, 2, 16}}, {256, {0, 4, 32}}, {512, {0, 2, 64}}, {2048, {0, 2, 32}}, {no_bound, {0, 4, 32}},
+};
+constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 2, 16}}};
+constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_read[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 
@@ -59,7 +66,9 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
   if (plan.kernel == Kernel::verify) return all(verify_rows);
   if (plan.kernel == Kernel::serving) {
     if (plan.value_last) return all(serving_value_last);
-    return stores == Stores::each ? all(serving_each) : stores == Stores::last ? all(serving_update) : all(serving_read);
+    if (stores == Stores::none) return all(serving_read);
+    if (state == DType::f32) return stores == Stores::each ? all(serving_each_32_bit) : all(serving_update_32_bit);
+    return stores == Stores::each ? all(serving_each_16_bit) : all(serving_update_16_bit);
   }
   if (plan.value_last) return all(decode_value_last);
   return state == DType::f32 ? all(decode_32_bit) : all(decode_16_bit);
