@@ -6,7 +6,29 @@
 // What kernels on a device report of the values in index tensors, which the host does not see before the call.
 namespace gatedelta {
 
-enum class FaultKind : int { none, read_slots, write_slots, token_slots, accepted, cu_seqlens, token_room, snapshot_room };
+enum class FaultKind : int {
+  none,
+  read_slots,
+  write_slots,
+  token_slots,
+  accepted,
+  cu_seqlens,
+  token_room,
+  snapshot_room,
+  // Of replay windows.
+  slots,
+  slots_again,
+  from,
+  to,
+  to_again,
+  to_is_read,
+  length,
+  order,
+  parent,
+  window_room,
+  kept,
+  path
+};
 
 /// The first fault since the last check on a device.
 struct Fault {

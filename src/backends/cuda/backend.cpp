@@ -100,10 +100,10 @@ class CudaBackend final : public Backend {
 
   std::string unsupported_reason(const Problem& problem) const override {
     const Config& config = problem.config;
-    if (problem.window) return "replay windows are not implemented";
     if (config.key_dim > max_key_dim)
       return "K = " + std::to_string(config.key_dim) + " is larger than " + std::to_string(max_key_dim);
-    const std::int64_t slice_rows = rows_of_slice(config.key_dim, config.value_dim);
+    const std::int64_t slice_rows = problem.window ? rows_of_replayed_slice(config.key_dim, config.value_dim)
+                                                   : rows_of_slice(config.key_dim, config.value_dim);
     const std::int64_t slices = (config.value_dim + slice_rows - 1) / slice_rows, heads = config.heads();
     if (heads > max_blocks / slices || problem.rows + 1 > max_blocks / (heads * slices))
       return "more than 2^31 blocks of rows, heads and value rows";
@@ -111,19 +111,25 @@ class CudaBackend final : public Backend {
   }
 
   void forward(const Call& call) override {
-    ForwardParams params = make_params(call);
-    const CurrentDevice device(call.problem.device);
-    params.fault = fault_record(call.problem.device.index);
-    const bool fast = devices().fast[static_cast<std::size_t>(call.problem.device.index)];
-    require(launch_forward(fast ? make_plan(params) : Plan{}, params, static_cast<cudaStream_t>(call.arguments->stream)),
-            "launch");
+    call.problem.window ? run(
+                              call, make_replay_params(call), [](const auto&) { return Plan{}; }, launch_replay)
+                        : run(call, make_params(call), make_plan, launch_forward);
   }
 
   void commit(const Config& config, const CommitArguments& in) override {
-    CommitParams params = make_params(config, in);
-    const CurrentDevice device(in.snapshots.device);
-    params.fault = fault_record(in.snapshots.device.index);
-    require(launch_commit(params, static_cast<cudaStream_t>(in.stream)), "launch");
+    launch(make_params(config, in), in.snapshots.device, in.stream, launch_commit);
+  }
+  void accept(const Config& config, const AcceptArguments& in) override {
+    launch(make_params(config, in), in.record.length.device, in.stream, launch_accept);
+  }
+  void reset(const Config& config, const ResetArguments& in) override {
+    launch(make_params(config, in), in.record.length.device, in.stream, launch_reset);
+  }
+  void fold(const Config& config, const FoldArguments& in) override {
+    launch(make_params(config, in), in.state.device, in.stream, launch_fold);
+  }
+  void copy(const Config& config, const ForkArguments& in) override {
+    launch(make_params(config, in), in.window.record.length.device, in.stream, launch_copy);
   }
 
   /// Waits for the stream, whose device must be the current one: the record lies in that device's memory.
@@ -131,6 +137,23 @@ class CudaBackend final : public Backend {
     Fault fault{};
     require(take_fault(fault, static_cast<cudaStream_t>(stream)), "fault record");
     if (fault.kind != 0) throw Error(ErrorCode::device, text(fault));
+  }
+
+ private:
+  template <class Params, class Launch>
+  static void launch(Params params, Device on, void* stream, Launch launch) {
+    const CurrentDevice device(on);
+    params.fault = fault_record(on.index);
+    require(launch(params, static_cast<cudaStream_t>(stream)), "launch");
+  }
+
+  template <class Params, class MakePlan, class Launch>
+  static void run(const Call& call, const Params& params, MakePlan make_plan, Launch launch_planned) {
+    const Device device = call.problem.device;
+    const bool fast = devices().fast[static_cast<std::size_t>(device.index)];
+    launch(params, device, call.arguments->stream, [&](const Params& checked, cudaStream_t stream) {
+      return launch_planned(fast ? make_plan(checked) : Plan{}, checked, stream);
+    });
   }
 };
 

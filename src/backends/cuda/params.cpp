@@ -35,6 +35,26 @@ bool narrow(const Tensor<std::int64_t, rank>& in, Tensor<std::int32_t, rank>& ou
   return true;
 }
 
+WindowParams window_params(const ReplayWindow& in) {
+  WindowParams p{};
+  set(p.keys, in.keys), set(p.corrections, in.corrections), set(p.decays, in.decays);
+  set(p.length, in.record.length), set(p.order, in.record.order);
+  p.capacity = static_cast<std::int32_t>(in.record.capacity), p.ring = static_cast<std::int32_t>(in.record.order.shape[1]);
+  return p;
+}
+
+WindowCallParams window_call(const Config& config, const ReplayWindow& window) {
+  WindowCallParams p{};
+  p.window = window_params(window);
+  p.pool = window.record.length.shape[0], p.null_slot = config.null_slot;
+  p.heads = static_cast<std::int32_t>(config.heads());
+  p.key_dim = static_cast<std::int32_t>(config.key_dim), p.value_dim = static_cast<std::int32_t>(config.value_dim);
+  p.slice_rows = static_cast<std::int32_t>(rows_of_replayed_slice(config.key_dim, config.value_dim));
+  p.slices = (p.value_dim + p.slice_rows - 1) / p.slice_rows;
+  p.k_group = group(config.heads() / config.k_heads);
+  return p;
+}
+
 }  // namespace
 
 ForwardParams make_params(const Call& call) {
@@ -90,6 +110,19 @@ bool narrow(const ForwardParams& in, FastParams& out) {
          narrow(in.cu_seqlens, out.cu_seqlens);
 }
 
+ReplayParams<ForwardParams> make_replay_params(const Call& call) {
+  const Arguments& in = *call.arguments;
+  const Config& config = call.problem.config;
+  ReplayParams<ForwardParams> p{};
+  static_cast<ForwardParams&>(p) = make_params(call);
+  set(p.state_write, in.state);  // the checkpoints
+  p.window = window_params(*in.window);
+  set(p.parent, in.parent);
+  p.slice_rows = static_cast<std::int32_t>(rows_of_replayed_slice(config.key_dim, config.value_dim));
+  p.slices = (p.value_dim + p.slice_rows - 1) / p.slice_rows;
+  return p;
+}
+
 CommitParams make_params(const Config& config, const CommitArguments& in) {
   CommitParams p{};
   set(p.snapshots, in.snapshots), set(p.accepted, in.accepted);
@@ -97,6 +130,34 @@ CommitParams make_params(const Config& config, const CommitArguments& in) {
   p.rows = in.snapshots.shape[0], p.room = in.snapshots.shape[1], p.slots = in.state.shape[0];
   p.heads = config.heads(), p.key_dim = config.key_dim, p.value_dim = config.value_dim;
   p.null_slot = config.null_slot;
+  return p;
+}
+
+WindowCallParams make_params(const Config& config, const AcceptArguments& in) {
+  WindowCallParams p = window_call(config, {.record = in.record});
+  set(p.slots, in.slots), set(p.accepted, in.accepted), set(p.cu_seqlens, in.cu_seqlens), set(p.path, in.path);
+  p.rows = in.accepted.shape[0], p.tokens = in.tokens, p.path_room = in.path.defined() ? in.path.shape[1] : 0;
+  return p;
+}
+
+WindowCallParams make_params(const Config& config, const ResetArguments& in) {
+  WindowCallParams p = window_call(config, {.record = in.record});
+  set(p.slots, in.slots);
+  p.rows = in.slots.defined() ? in.slots.shape[0] : p.pool;
+  return p;
+}
+
+WindowCallParams make_params(const Config& config, const FoldArguments& in) {
+  WindowCallParams p = window_call(config, in.window);
+  set(p.slots, in.slots), set(p.state, in.state), set(p.out, in.out);
+  p.rows = in.slots.shape[0];
+  return p;
+}
+
+WindowCallParams make_params(const Config& config, const ForkArguments& in) {
+  WindowCallParams p = window_call(config, in.window);
+  set(p.slots, in.from), set(p.to, in.to), set(p.state, in.state);
+  p.rows = in.from.shape[0];
   return p;
 }
 

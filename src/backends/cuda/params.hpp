@@ -63,6 +63,22 @@ struct Params {
 using ForwardParams = Params<std::int64_t>;
 using FastParams = Params<std::int32_t>;
 
+/// A ReplayWindow.
+struct WindowParams {
+  Tensor<std::int64_t, 4> keys, corrections;
+  Tensor<std::int64_t, 3> decays;
+  Tensor<std::int64_t, 1> length;
+  Tensor<std::int64_t, 2> order;
+  std::int32_t capacity, ring;
+};
+
+/// A call with a window.
+template <class Call>
+struct ReplayParams : Call {
+  WindowParams window;
+  Tensor<std::int64_t, 2> parent;
+};
+
 /// Whether a tensor's elements along dimension `along` can be moved `width` at a time, in pieces of 16 bytes or all together if
 /// that is less.
 template <int rank>
@@ -73,6 +89,19 @@ bool has_vectors(const Tensor<std::int64_t, rank>& tensor, int along, std::int64
   for (int dim = 0; dim < rank; ++dim) good = good && (dim == along || tensor.strides[dim] * size % bytes == 0);
   return good;
 }
+
+/// The calls for windows alone; each has what it needs of this.
+struct WindowCallParams {
+  WindowParams window;
+  Tensor<std::int64_t, 4> state, out;
+  Tensor<std::int64_t, 1> slots;  ///< or those that a copy reads
+  Tensor<std::int64_t, 1> to, accepted, cu_seqlens;
+  Tensor<std::int64_t, 2> path;
+  std::int64_t rows, pool, tokens, path_room, null_slot;
+  std::int32_t heads, key_dim, value_dim, slice_rows, slices;
+  Group k_group;
+  Fault* fault;
+};
 
 struct CommitParams {
   Tensor<std::int64_t, 5> snapshots;
@@ -86,12 +115,22 @@ ForwardParams make_params(const Call& call);
 /// False where a stride does not fit.
 bool narrow(const ForwardParams& params, FastParams& out);
 CommitParams make_params(const Config& config, const CommitArguments& arguments);
+ReplayParams<ForwardParams> make_replay_params(const Call& call);
+WindowCallParams make_params(const Config& config, const AcceptArguments& arguments);
+WindowCallParams make_params(const Config& config, const ResetArguments& arguments);
+WindowCallParams make_params(const Config& config, const FoldArguments& arguments);
+WindowCallParams make_params(const Config& config, const ForkArguments& arguments);
 
 /// Value rows of a block, from the sizes alone: results do not depend on the batch.
 constexpr std::int64_t max_key_dim = 3584;  ///< one row of the state, q and k fit into 48 KiB of shared memory
 constexpr std::int64_t rows_of_slice(std::int64_t key_dim, std::int64_t value_dim) {
   const std::int64_t fitting = key_dim > 4096 ? 1 : 4096 / key_dim;
   return fitting < value_dim ? fitting : value_dim;
+}
+/// With a window, whose new corrections are in shared memory as well.
+constexpr std::int64_t rows_of_replayed_slice(std::int64_t key_dim, std::int64_t value_dim) {
+  const std::int64_t rows = rows_of_slice(key_dim, value_dim);
+  return rows < 64 ? rows : 64;
 }
 
 }  // namespace gatedelta::cuda

@@ -51,7 +51,12 @@ Plan make_plan(const ForwardParams& params);
 
 /// Launches the plan's kernel; all launches are asynchronous. Returns the launch's own status.
 cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaStream_t stream);
+cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& params, cudaStream_t stream);
 cudaError_t launch_commit(const CommitParams& params, cudaStream_t stream);
+cudaError_t launch_accept(const WindowCallParams& params, cudaStream_t stream);
+cudaError_t launch_reset(const WindowCallParams& params, cudaStream_t stream);
+cudaError_t launch_fold(const WindowCallParams& params, cudaStream_t stream);
+cudaError_t launch_copy(const WindowCallParams& params, cudaStream_t stream);
 /// The address of the current device's fault record.
 cudaError_t find_fault_record(Fault*& out);
 /// Reads the current device's fault record after everything on the stream, and clears it if there is a fault.

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of replay windows for every case.
+#include "backends/cuda/plan.hpp"
+#include "backends/cuda/window.cuh"
+
+namespace gatedelta::cuda {
+namespace {
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), std::int64_t blocks, int threads, std::size_t shared_bytes, const Params& params,
+                   cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                          dim3(static_cast<unsigned>(threads)), arguments, shared_bytes, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_replay(const Plan&, const ReplayParams<ForwardParams>& params, cudaStream_t stream) {
+  const std::int64_t rows = params.rows + (params.cu_seqlens.data != nullptr ? 1 : 0);
+  return launch(replay_forward_kernel, rows * params.heads * params.slices, block_threads,
+                static_cast<std::size_t>(replay_floats(params.slice_rows, params.key_dim)) * sizeof(float), params, stream);
+}
+
+cudaError_t launch_accept(const WindowCallParams& params, cudaStream_t stream) {
+  return launch(accept_kernel, params.rows, 2 * max_window, 0, params, stream);
+}
+
+cudaError_t launch_reset(const WindowCallParams& params, cudaStream_t stream) {
+  return launch(reset_kernel, params.rows, 2 * max_window, 0, params, stream);
+}
+
+cudaError_t launch_fold(const WindowCallParams& params, cudaStream_t stream) {
+  return launch(fold_kernel, params.rows * params.heads * params.slices, block_threads,
+                static_cast<std::size_t>(params.slice_rows) * static_cast<std::size_t>(params.key_dim) * sizeof(float), params,
+                stream);
+}
+
+cudaError_t launch_copy(const WindowCallParams& params, cudaStream_t stream) {
+  return launch(copy_kernel, params.rows * (params.state.data != nullptr ? params.heads : 1), block_threads, 0, params, stream);
+}
+
+}  // namespace gatedelta::cuda
