@@ -127,7 +127,7 @@ typedef struct gatedelta_window_layout {
   int64_t heads;           /**< H */
   int64_t key_dim;         /**< K */
   int64_t value_dim;       /**< V */
-  gatedelta_dtype entries; /**< of keys and corrections: f32 or bf16 */
+  gatedelta_dtype entries; /**< of keys, as given, and corrections: f32 or bf16 */
   int32_t reserved;        /**< 0 */
   uint64_t layer_bytes;    /**< memory of the windows of one layer */
   uint64_t record_bytes;   /**< memory of the record, once for all layers */

@@ -10,10 +10,15 @@
 #include "gatedelta/tensor.hpp"
 
 /// Replay windows: a step reads the state and does not write it. A slot of the pool keeps a checkpoint S0 of its state, and
-/// beside it, the window has what the last P <= W tokens did to it: the key k^, the correction u = beta (v - S k^) and the log
-/// decay g of each. The state they stand for is what S0 becomes by
+/// beside it, the window has what the last P <= W tokens did to it: the key k, the correction u and the log decay g of each.
+/// The key is the one that was given, before its norm: a bf16 key is a bf16 entry as it is, without rounding. The correction is
+/// u = r beta (v - S k^), with the factor r that the norm multiplies k with (k^ = r k; r = 1 without Config::qk_l2norm), so
+/// that u k^T is what the token added to the state. The state they stand for is what S0 becomes by
 ///
-///     S <- exp(g_j) S + u_j k^_j^T        for j = 0 .. P-1
+///     S <- exp(g_j) S + u_j k_j^T        for j = 0 .. P-1
+///
+/// Other tokens, of the same call too, see a key and a correction as they are stored; a token's own output is computed before
+/// they are rounded. Entries have the range of float32: r and k must not leave it (norms of k from 1e-30 to 1e30 do not).
 ///
 /// `GatedDeltaRule::forward` with `Arguments::window` appends its T tokens behind the P that are there; a row whose P + T is
 /// above W first folds its P entries into the checkpoint. It does not change P: `accept` does, once a step and for all layers
@@ -40,8 +45,8 @@ struct WindowRecord {
 /// The decay is each token's own: what lies between two entries is a sum of their decays, which is exact where differences of
 /// cumulative ones would cancel, or be NaN for a decay of zero.
 struct ReplayWindow {
-  TensorView keys{};         ///< [slots,HK,R,K] f32 or bf16: normalised as Config says
-  TensorView corrections{};  ///< [slots,H,R,V], same dtype
+  TensorView keys{};         ///< [slots,HK,R,K] f32 or bf16: as given, not normalised
+  TensorView corrections{};  ///< [slots,H,R,V], same dtype: times the norm factor of the key
   TensorView decays{};       ///< [slots,H,R] f32: g
   WindowRecord record{};     ///< what all layers share
 };

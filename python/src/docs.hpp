@@ -77,7 +77,7 @@ Arguments:
     states      the pool [slots,H,V,K], or a list with one for each layer; kept, and written in place
     k_heads     HK of the calls
     capacity    W: the entries of a slot, 4 to 64; a call has at most W tokens for each row
-    entries     "bfloat16" or "float32": of keys and corrections
+    entries     "bfloat16" or "float32": of keys (as given, so that bfloat16 keys lose nothing) and corrections
     max_tokens  the most tokens of a row in one call, 1 to W; 0: W
     null_slot, backend, stream: as in forward()
 

@@ -253,14 +253,16 @@ class Model {
       const T b = config.beta == BetaForm::one     ? T(1)
                   : config.beta == BetaForm::value ? input(c, Tensor::beta, token * H_ + h)
                                                    : noise(1 / (1 + std::exp(-input(c, Tensor::b, token * H_ + h))), 2);
+      // An entry has the key as given, which may be rounded, and the correction times its norm factor.
       std::vector<T> stored = k;
-      for (T& x : stored) x = noise(x, 1, unit(s_.entries));
+      if (unit(s_.entries) > unit(config.dtypes.k))
+        for (T& x : stored) x = noise(x, 1, unit(s_.entries));
       for (std::int64_t v = 0; v < V_; ++v) {
         T recalled = 0, out = 0;
         T* s = &now[v * K_];
         for (std::int64_t i = 0; i < K_; ++i) recalled += (s[i] *= decay) * k[i];
         const std::int64_t v_at = (token * config.v_heads + h * config.v_heads / H_) * V_ + v;
-        const T u = noise(noise(b * (input(c, Tensor::v, v_at) - recalled), 2), 1, unit(s_.entries));
+        const T u = noise(noise(b * (input(c, Tensor::v, v_at) - recalled), 4), 1, unit(s_.entries));
         for (std::int64_t i = 0; i < K_; ++i) out += (s[i] += u * stored[i]) * q[i];
         o[(token * H_ + h) * V_ + v] = noise(static_cast<T>(config.effective_scale()) * out, 2);
       }

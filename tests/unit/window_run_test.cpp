@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // 10,000 decode steps with a replay window stay with the float64 recurrence: within a bound, and as close as plain decoding
-// with a bf16 state does.
+// with a bf16 state does. The keys are bf16 numbers, as those of models.
 //
 // The bound. With E the error of the state that checkpoint and entries stand for,
 //     E_t = exp(g_t) E_{t-1} (I - beta k k^T) + D_t
 // and the factor in brackets does not increase a norm. D_t is what a step rounds off: float32 arithmetic, at most
 // f = 2^-24 (sqrt(K + V + W + 1) + 8) ||S_t|| as in long_run_test.cpp with the sum over the window's W entries, and the
-// rounding of an entry u k^T. An element of u or k is off by at most the unit r of its dtype (2^-8 for bf16, 2^-24 for f32)
-// times itself, so that ||du|| <= r ||u|| and ||dk|| <= r, together at most sqrt(2) r ||u|| as they are independent. A fold
+// rounding of an entry u k^T. Its key is stored as given, which is exact. An element of the correction is off by at most the
+// unit r of its dtype (2^-8 for bf16, 2^-24 for f32) times itself, so that u k^T is off by at most r ||u k^T|| = r ||u_t||,
+// with u_t = beta (v - S k^) here, as the norm of k^ is at most 1. A fold
 // rounds the checkpoint: at most c ||S_t||, with the unit c of the state's dtype, once in W steps. All of these are
 // independent, so their squares add up:
-//     limit_t^2 = exp(2 g_t) limit_{t-1}^2 + f^2 + 2 r^2 ||u_t||^2 (+ c^2 ||S_t||^2 at a fold)
+//     limit_t^2 = exp(2 g_t) limit_{t-1}^2 + f^2 + r^2 ||u_t||^2 (+ c^2 ||S_t||^2 at a fold)
 //
 // Plain decoding with a bf16 state rounds c ||S_t|| at every step. Where the state holds many tokens, ||S_t|| is a multiple of
 // ||u_t||, and the window has to be the closer one. Where the decay leaves hardly more than the last token, S_t is u k^T: plain
-// decoding rounds that product once, the window both of its factors, which is sqrt(2) times as much and no drift.
+// decoding rounds the elements of that product, the window those of one factor. The roundings' relative errors have the same
+// distribution, so the mean squares are the same, but for chance: one rounding serves K elements of a row. The relative
+// squares of 99 samples of V roundings, weighted by u^2, vary by sqrt(3 * 1.8 / 6400) = 3 per cent (kurtosis 3 of u, 1.8 of
+// the rounding), their root by half of that: 1.05 is three standard deviations.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -110,7 +114,7 @@ void run(Backend& backend, double slowest, double fastest) {
   std::vector<float> q(K), k(K), v(V), o(V);
   for (std::int64_t t = 0; t < steps; ++t) {
     for (float& x : q) x = static_cast<float>(random.normal());
-    for (float& x : k) x = static_cast<float>(random.normal());
+    for (float& x : k) x = to_float(to_bfloat16(static_cast<float>(random.normal())));
     for (float& x : v) x = static_cast<float>(random.normal());
     const auto g = static_cast<float>(-random.uniform(slowest, fastest)), beta = static_cast<float>(random.uniform());
     Arguments call;
@@ -138,10 +142,9 @@ void run(Backend& backend, double slowest, double fastest) {
     for (Subject& s : subjects) {
       const double f = 0x1p-24 * (std::sqrt(static_cast<double>(K + V + W + 1)) + 8);
       const double r = s.entries == DType::bf16 ? 0x1p-8 : 0x1p-24, c = s.state == DType::bf16 ? 0x1p-8 : 0x1p-24;
-      s.squares =
-          std::exp(2.0 * g) * s.squares + f * f * S_squares + 2 * r * r * u_squares + (t % W == 0 ? c * c * S_squares : 0);
+      s.squares = std::exp(2.0 * g) * s.squares + f * f * S_squares + r * r * u_squares + (t % W == 0 ? c * c * S_squares : 0);
     }
-    if (t % 100 != 99) continue;
+    if (t % 101 != 100) continue;  // windows of all lengths
     CAPTURE(t);
     for (std::size_t i = 0; i < decoders.size(); ++i) {
       const double error = decoders[i].error(S), limit = std::sqrt(subjects[i].squares);
@@ -156,8 +159,7 @@ void run(Backend& backend, double slowest, double fastest) {
     MESSAGE(backend.name() << ", decay " << slowest << ".." << fastest << ", " << name_of(s.state) << " state, "
                            << name_of(s.entries) << " entries: " << s.worst << " of the limit at most, mean error "
                            << s.sum / plain_sum << " of plain decoding with a bf16 state");
-    const bool one_factor = s.entries == DType::f32 || slowest == 0;
-    CHECK(s.sum <= (one_factor ? 1.0 : 1.05 * std::sqrt(2.0)) * plain_sum);
+    CHECK(s.sum <= 1.05 * plain_sum);
   }
 }
 

@@ -160,9 +160,10 @@ inline void store_dense(const float* src, int64_t ld, int64_t rows, int64_t cols
   }
 }
 
-/// One query or key in float, padded with zeros to `padded`, times `factor` and, if asked, over its L2 norm.
-inline void load_vector(const Matrix& m, int64_t token, int64_t n, int64_t padded, bool l2norm, double eps, double factor,
-                        float* dst) {
+/// One query or key in float, padded with zeros to `padded`, times `factor` and, if asked, over its L2 norm. Returns what it
+/// was multiplied with.
+inline double load_vector(const Matrix& m, int64_t token, int64_t n, int64_t padded, bool l2norm, double eps, double factor,
+                          float* dst) {
   load_run(m, token, n, dst);
   for (int64_t i = n; i < padded; ++i) dst[i] = 0;
   if (l2norm) {
@@ -179,11 +180,12 @@ inline void load_vector(const Matrix& m, int64_t token, int64_t n, int64_t padde
     const double magnitude = __builtin_fabs(factor);
     if (!(magnitude < 0x1p126 && magnitude > 0x1p-126)) {
       for (int64_t i = 0; i < n; ++i) dst[i] = (float)(dst[i] * factor);
-      return;
+      return factor;
     }
   }
   const vf scale = set1((float)factor);
   for (int64_t i = 0; i < padded; i += W) store(dst + i, load(dst + i) * scale);
+  return factor;
 }
 
 /// C (m x n) = diag(alpha) C + A B on dense float scratch; element (i, d) of A is a[i*row_a + d*col_a]. n is a multiple of W.

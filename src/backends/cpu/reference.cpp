@@ -21,6 +21,7 @@ double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 /// What one token of one head brings.
 struct Token {
   std::vector<double> q, k;  // normalised
+  double k_norm = 1;         // what that multiplied k with
   double g = 0, beta = 1;
 };
 
@@ -29,7 +30,7 @@ Token load_token(const Call& call, std::int64_t b, std::int64_t s, std::int64_t 
   const Arguments& in = *call.arguments;
   const std::int64_t H = config.heads(), K = config.key_dim, hq = h / (H / config.q_heads), hk = h / (H / config.k_heads);
   Token out{std::vector<double>(static_cast<std::size_t>(K)), std::vector<double>(static_cast<std::size_t>(K))};
-  double q_norm = 1.0, k_norm = 1.0;
+  double q_norm = 1.0;
   if (config.qk_l2norm) {
     double q_squares = 0, k_squares = 0;
     for (std::int64_t i = 0; i < K; ++i) {
@@ -37,11 +38,11 @@ Token load_token(const Call& call, std::int64_t b, std::int64_t s, std::int64_t 
       k_squares += std::pow(load(in.k, b, s, hk, i), 2);
     }
     q_norm = 1.0 / std::sqrt(q_squares + config.l2_eps);
-    k_norm = 1.0 / std::sqrt(k_squares + config.l2_eps);
+    out.k_norm = 1.0 / std::sqrt(k_squares + config.l2_eps);
   }
   for (std::int64_t i = 0; i < K; ++i) {
     out.q[i] = load(in.q, b, s, hq, i) * q_norm;
-    out.k[i] = load(in.k, b, s, hk, i) * k_norm;
+    out.k[i] = load(in.k, b, s, hk, i) * out.k_norm;
   }
   if (config.gate == GateForm::log_decay) out.g = load(in.g, b, s, h);
   if (config.gate == GateForm::raw)
@@ -137,7 +138,7 @@ class ReferenceBackend final : public Backend {
       std::vector<double> now = !in.parent.defined() || parent < 0 ? S : after[parent];
       const Token token = load_token(call, b, s, h);
       store(window.decays, token.g, slot, h, place);
-      for (std::int64_t i = 0; i < K; ++i) store(window.keys, token.k[i], slot, hk, place, i);
+      for (std::int64_t i = 0; i < K; ++i) store(window.keys, load(in.k, b, s, hk, i), slot, hk, place, i);
       const double decay = std::exp(load(window.decays, slot, h, place));
       double kq = 0;
       for (std::int64_t i = 0; i < K; ++i) kq += token.k[i] * token.q[i];
@@ -149,7 +150,7 @@ class ReferenceBackend final : public Backend {
         }
         const double u = token.beta * (load(in.v, b, s, hv, v) - Sk);
         store(in.o, config.effective_scale() * (Sq + u * kq), b, s, h, v);
-        store(window.corrections, u, slot, h, place, v);
+        store(window.corrections, u * token.k_norm, slot, h, place, v);
       }
       replay_entry(window, slot, h, place, now);
       if (in.parent.defined())

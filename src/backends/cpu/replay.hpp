@@ -3,7 +3,8 @@
 
 #include "backends/cpu/step.hpp"
 
-// Replay windows. With the P entries (k_j, u_j, g_j) of the window, the checkpoint S0 and new tokens t,
+// Replay windows. With the P entries (k_j, u_j, g_j) of the window - the keys as given, and the
+// corrections times what the norm multiplies them with -, the checkpoint S0 and new tokens t,
 //
 //     S q = e^{G_t} S0 q + sum_j e^{G_t-G_j} (k_j.q) u_j        G: sums of the g of all entries up to one
 //
@@ -153,7 +154,7 @@ void replay_head(const ReplayWork& work) {
   const HeadWork& head = work.head;
   const int64_t T = head.tokens, P = work.length, padded = round_up(head.key_dim, 2 * W), ld = round_up(head.rows, row_block);
   Scratch scratch{head.scratch};
-  float* keys = scratch.floats(2 * T * padded);  // exact ones, followed by the queries
+  float* keys = scratch.floats(2 * T * padded);  // normalised, followed by the queries
   float* queries = keys + T * padded;
   float* seen_keys = scratch.floats(T * padded);  // as stored
   float* arranged = scratch.floats(2 * padded);
@@ -165,7 +166,8 @@ void replay_head(const ReplayWork& work) {
   float* u = scratch.floats((P + T) * ld);  // of the entries, as stored
   float* v = scratch.floats(ld);
   float* widened = scratch.floats(row_group * padded);
-  float* own = scratch.floats(2 * T);  // k_t.q_t, beta
+  float* own = scratch.floats(2 * T);  // k_t.q_t
+  float* norm = own + T;               // what the norm multiplied k_t with
   auto* rest = (double*)scratch.floats(2 * (P + 1));
   auto* exponents = (double*)scratch.floats(2 * (max_window_entries + max_replay_tokens));
   const Paths paths{(double*)scratch.floats(2 * T * T), (double*)scratch.floats(2 * T), (uint64_t*)scratch.floats(2 * T)};
@@ -179,20 +181,21 @@ void replay_head(const ReplayWork& work) {
   for (int64_t j = 0; j < P; ++j)
     for (int64_t r = head.rows; r < ld; ++r) u[j * ld + r] = 0;
   for (int64_t t = 0; t < T; ++t) {
-    load_vector(head.k, t, head.key_dim, padded, head.qk_l2norm, head.l2_eps, 1.0, keys + t * padded);
+    norm[t] = (float)load_vector(head.k, t, head.key_dim, padded, head.qk_l2norm, head.l2_eps, 1.0, keys + t * padded);
     load_vector(head.q, t, head.key_dim, padded, head.qk_l2norm, head.l2_eps, head.scale, queries + t * padded);
     own[t] = dot(keys + t * padded, queries + t * padded, padded);
     float* seen = seen_keys + t * padded;
+    load_run(head.k, t, head.key_dim, seen);
+    for (int64_t i = head.key_dim; i < padded; ++i) seen[i] = 0;
     if (work.stores_keys) {
-      store_entry<E>(keys + t * padded, work.entry_keys, work.order[P + t], head.key_dim, seen);
+      store_entry<E>(seen, work.entry_keys, work.order[P + t], head.key_dim, seen);
     } else {
       E entry[W];
       for (int64_t i = 0; i < padded; i += W) {
-        store(entry, load(keys + t * padded + i));
+        store(entry, load(seen + i));
         store(seen + i, load(entry));
       }
     }
-    for (int64_t i = head.key_dim; i < padded; ++i) seen[i] = 0;
     if (work.stores_decays)
       store_as(work.decays + (int64_t)work.order[P + t] * (int64_t)sizeof(float), (float)head.log_decay[t]);
   }
@@ -270,7 +273,7 @@ void replay_head(const ReplayWork& work) {
     load_run(head.v, t, head.rows, v);
     for (int64_t r = head.rows; r < ld; ++r) v[r] = 0;
     float *now = with_keys + t * ld, *out = with_queries + t * ld;
-    const vf d = set1(decay), b = set1((float)head.beta[t]), self = set1(own[t]);
+    const vf d = set1(decay), b = set1((float)head.beta[t]), self = set1(own[t]), factor = set1(norm[t]);
     for (int64_t r = 0; r < ld; r += W) {
       vf recalled = d * load(now + r), o = d * load(out + r);
       for (int64_t j = 0; j < P + t; ++j) {
@@ -280,7 +283,7 @@ void replay_head(const ReplayWork& work) {
         o = fma(set1(query_mix[j]), entry, o);
       }
       const vf correction = b * (load(v + r) - recalled);
-      store(now + r, correction);
+      store(now + r, factor * correction);
       store(out + r, fma(self, correction, o));
     }
     store_run(out, head.o, t, head.rows);
