@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <stdexcept>
@@ -82,14 +83,18 @@ void report(const char* what, std::int64_t tokens, const Outcome& outcome) {
 
 Drafts::Drafts(const Model& model, const RunnerOptions& options)
     : rule_(model.config.mixer(options.state, options.threads), options.backend),
+      memory_(gatedelta::device::memory_for_name(options.backend)),
       inputs_(static_cast<std::size_t>(model.config.layers)) {
   // f32 entries: the text is to be that of plain decoding.
   const gatedelta::WindowLayout layout = gatedelta::window_layout(rule_.config(), 1, window, gatedelta::DType::f32);
-  memory_.resize(256 + static_cast<std::size_t>(model.config.layers) * layout.layer_bytes + layout.record_bytes);
-  std::byte* record = memory_.data() + (256 - reinterpret_cast<std::uintptr_t>(memory_.data()) % 256) % 256;
+  const std::size_t windows_bytes = static_cast<std::size_t>(model.config.layers) * layout.layer_bytes + layout.record_bytes;
+  allocated_ = {memory_.allocate(windows_bytes + (1 + window) * sizeof(std::int32_t)),
+                [&memory = memory_](void* windows) { memory.release(windows); }};
+  auto* const record = static_cast<std::byte*>(allocated_.get());
   std::byte* layer = record + layout.record_bytes;
   for (std::int64_t i = 0; i < model.config.layers; ++i, layer += layout.layer_bytes)
-    windows_.push_back(gatedelta::window_at(layout, layer, record));
+    windows_.push_back(gatedelta::window_at(layout, layer, record, memory_.device()));
+  accepted_ = reinterpret_cast<std::int32_t*>(layer);
   gatedelta::ResetArguments reset;
   reset.record = windows_.front().record;
   rule_.reset(reset);
@@ -106,11 +111,16 @@ void Drafts::add_to(gatedelta::Arguments& arguments, std::int64_t layer) const {
 }
 
 void Drafts::accept(std::span<const std::int32_t> path, SequencePool& pool) {
-  const std::int32_t accepted = static_cast<std::int32_t>(path.size());
+  const auto accepted = static_cast<std::int32_t>(path.size());
+  std::vector<std::int32_t> given = {accepted};
+  given.insert(given.end(), path.begin(), path.end());
+  memory_.copy_in(accepted_, given.data(), given.size() * sizeof given[0]);
   gatedelta::AcceptArguments arguments;
   arguments.record = windows_.front().record;
-  arguments.accepted = gatedelta::view(&accepted, {1});
-  arguments.path = gatedelta::view(path.data(), {1, accepted});
+  const gatedelta::Device device = memory_.device();
+  arguments.accepted = gatedelta::make_view(accepted_, gatedelta::DType::i32, std::array<std::int64_t, 1>{1}, {}, device);
+  arguments.path =
+      gatedelta::make_view(accepted_ + 1, gatedelta::DType::i32, std::array<std::int64_t, 2>{1, accepted}, {}, device);
   arguments.tokens = static_cast<std::int64_t>(draft_->bytes.size());
   rule_.accept(arguments);
   for (std::size_t layer = 0; layer < inputs_.size(); ++layer) {

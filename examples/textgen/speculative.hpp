@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -39,7 +40,9 @@ class Drafts {
  private:
   gatedelta::GatedDeltaRule rule_;
   const Draft* draft_ = nullptr;
-  std::vector<std::byte> memory_;
+  gatedelta::device::Memory& memory_;             // of the operator's backend
+  std::shared_ptr<void> allocated_;               // the windows, and what accept() is given
+  std::int32_t* accepted_ = nullptr;              // [1 + window]: how many tokens, and their path
   std::vector<gatedelta::ReplayWindow> windows_;  // of each layer
   std::vector<Matrix> inputs_;
 };

@@ -1,19 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "backends/cuda/block.cuh"
 #include "backends/cuda/gates.cuh"
 #include "backends/cuda/rows.cuh"
 
 // One kernel for every case of the operator. A block has one row, one head and a slice of the state's value rows, which stays
 // in shared memory for all tokens; a warp works on one value row at a time, its lanes spread over K.
 namespace gatedelta::cuda {
-
-constexpr int block_threads = 256;
-
-__device__ inline double warp_sum(double value) {
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
 
 /// q or k of one token, normalised in place. For all threads of a block together; begins and ends with a barrier.
 __device__ inline void normalise(float* vector, int K, double eps) {

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "backends/cuda/generic.cuh"
+#include "backends/cuda/block.cuh"
+#include "backends/cuda/gates.cuh"
+#include "backends/cuda/rows.cuh"
 #include "gatedelta/window.hpp"
 
 // Replay windows for every case of the operator, and the calls for windows alone.
