@@ -9,8 +9,10 @@ that makes a difference, and otherwise do without PyTorch's dispatch of them, wh
 import torch
 
 from . import _core
+from ._errors import InvalidArgument
+from ._torch_window import ReplayWindow, needs_operator, written
 
-__all__ = ["commit", "forward"]
+__all__ = ["ReplayWindow", "commit", "forward"]
 
 # What is mutated comes before all defaults: PyTorch counts its uses by position, and drops trailing arguments at their defaults.
 _ARGUMENTS = (
@@ -88,25 +90,6 @@ def _(*values):
     return None
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _needs_operator(tensors):
-    """Whether somebody has to see an operator: a compiler or a tracer, a mode or a subclass of tensors, or autograd."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return True
-    grad = torch.is_grad_enabled()
-    for x in tensors:  # a loop: any() of a generator takes microseconds
-        if x is not None and (type(x) not in _PLAIN or (grad and x.requires_grad)) and x is not True and x is not False:
-            return True
-    return False
-
-
-def _written(*tensors):
-    """Tells autograd, as PyTorch does of what operators mutate."""
-    torch.autograd.graph.increment_version([x for x in tensors if x is not None and x is not True and x is not False])
-
-
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -128,6 +111,9 @@ def forward(
     state_out: torch.Tensor | bool | None = None,
     snapshots: torch.Tensor | bool | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    window: ReplayWindow | None = None,
+    layer: int = 0,
+    parent: torch.Tensor | None = None,
     update_state: bool = True,
     scale: float | None = None,
     qk_l2norm: bool = True,
@@ -140,20 +126,39 @@ def forward(
     backend: str | None = None,
 ):
     """gatedelta.forward as an operator that torch.compile and torch.export understand: same arguments (but `stream`, which is
-    the current one, and `window`), same results. state_out must not share memory with state_in: for a state that is updated in
-    place, pass it as `state`.
+    the current one), same results. `window` is a ReplayWindow of this module. state_out must not share memory with state_in: for
+    a state that is updated in place, pass it as `state`.
     """
-    if not _needs_operator((q, k, v, o, a, A_log, dt_bias, g, b, beta, state, read_slots, write_slots, token_slots, accepted,
-                            state_in, state_out, snapshots, cu_seqlens)):  # fmt: skip
+    if not needs_operator((q, k, v, o, a, A_log, dt_bias, g, b, beta, state, read_slots, write_slots, token_slots, accepted,
+                           state_in, state_out, snapshots, cu_seqlens, parent)):  # fmt: skip
         result = _core.forward(
             q, k, v, o, a=a, A_log=A_log, dt_bias=dt_bias, g=g, b=b, beta=beta, state=state, read_slots=read_slots,
             write_slots=write_slots, token_slots=token_slots, accepted=accepted, state_in=state_in, state_out=state_out,
-            snapshots=snapshots, cu_seqlens=cu_seqlens, update_state=update_state, scale=scale, qk_l2norm=qk_l2norm,
-            l2_eps=l2_eps, softplus_beta=softplus_beta, softplus_threshold=softplus_threshold,
+            snapshots=snapshots, cu_seqlens=cu_seqlens, window=None if window is None else window._window, layer=layer,
+            parent=parent, update_state=update_state, scale=scale, qk_l2norm=qk_l2norm, l2_eps=l2_eps,
+            softplus_beta=softplus_beta, softplus_threshold=softplus_threshold,
             negative_eigenvalues=negative_eigenvalues, null_slot=null_slot, num_threads=num_threads, backend=backend,
         )  # fmt: skip
-        _written(o, state if update_state else None, state_out, snapshots)
+        written(o, state if update_state else None, state_out, snapshots)
+        if window is not None:
+            written(window.states[layer], window.keys[layer], window.corrections[layer], window.decays[layer])
         return result
+    if window is not None:
+        for name, given in (("state", state), ("write_slots", write_slots), ("token_slots", token_slots), ("accepted", accepted),
+                            ("state_in", state_in), ("state_out", state_out), ("snapshots", snapshots)):  # fmt: skip
+            if given is not None and given is not False:
+                raise InvalidArgument(f"{name}: given beside a replay window")
+        if not update_state or not 0 <= layer < window.layers:
+            raise InvalidArgument(f"layer: expected 0..{window.layers - 1} and update_state, got {layer} and {update_state}")
+        if o is None:
+            o = v.new_empty(_sizes(q, k, v))
+        torch.ops.gatedelta.window_forward(
+            *window._layer(layer), o, q, k, v, a, A_log, dt_bias, g, b, beta, read_slots, cu_seqlens, parent, scale, qk_l2norm,
+            l2_eps, softplus_beta, softplus_threshold, negative_eigenvalues, num_threads, null_slot, backend, *window._settings,
+        )  # fmt: skip
+        return o
+    if parent is not None or layer != 0:
+        raise InvalidArgument("parent, layer: given, but there is no replay window")
     batch, tokens, heads, value_dim = _sizes(q, k, v)
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     like = state_in if state_in is not None else state
@@ -187,8 +192,8 @@ def commit(
     backend: str | None = None,
 ) -> None:
     """gatedelta.commit as an operator that torch.compile and torch.export understand."""
-    if not _needs_operator((snapshots, accepted, state, write_slots)):
+    if not needs_operator((snapshots, accepted, state, write_slots)):
         _core.commit(snapshots, accepted, state, write_slots, null_slot=null_slot, backend=backend)
-        _written(state)
+        written(state)
         return
     torch.ops.gatedelta.commit(snapshots, accepted, state, write_slots, null_slot, backend)

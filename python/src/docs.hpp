@@ -87,6 +87,17 @@ inline constexpr const char* window_signature =
     "def __init__(self, states: Array | Sequence[Array], *, k_heads: int, capacity: int = 16, entries: str = 'bfloat16', "
     "max_tokens: int = 0, null_slot: int = -1, backend: str | None = None, stream: int | None = None) -> None";
 
+inline constexpr const char* over_signature =
+    "def over(states: Array | Sequence[Array], record: tuple[Array, Array], layers: list[tuple[Array, Array, Array]], *, "
+    "capacity: int, null_slot: int = -1, backend: str | None = None) -> ReplayWindow";
+
+inline constexpr const char* over_doc =
+    R"(Windows in arrays of the caller's, which are kept; nothing is written. reset() comes first.
+
+    states      as for a new ReplayWindow
+    record      length [slots] and order [slots,R], int32; R = capacity + the most tokens of a row in one call
+    layers      keys [slots,HK,R,K], corrections [slots,H,R,V] (bfloat16 or float32) and decays [slots,H,R] (float32) of each layer)";
+
 inline constexpr const char* accept_signature =
     "def accept(self, accepted: Array, slots: Array | None = None, *, tokens: int | None = None, "
     "cu_seqlens: Array | None = None, path: Array | None = None, stream: int | None = None) -> None";

@@ -39,15 +39,14 @@ void run(Arrays& arrays, nb::handle like, Device device, const Stream& stream, A
 
 }  // namespace
 
-Windows::Windows(nb::handle states, std::int64_t k_heads, std::int64_t capacity, const std::string& entries,
-                 std::int64_t max_tokens, std::int64_t null_slot, Name backend, Stream stream) {
+Config Windows::configure(Arrays& arrays, nb::handle states, std::int64_t k_heads, std::int64_t null_slot, const Name& backend,
+                          TensorView& first) {
   if (nb::isinstance<nb::list>(states) || nb::isinstance<nb::tuple>(states))
     for (nb::handle state : states) states_.push_back(nb::borrow(state));
   else
     states_.push_back(nb::borrow(states));
   if (states_.empty()) fail("states: expected an array for each layer, got none");
-  Arrays arrays;
-  const TensorView first = state_view(arrays, 0);
+  first = state_view(arrays, 0);
   require_rank("state", first, 4, "[slots, H, V, K]");
   Config config;
   config.k_heads = k_heads;
@@ -59,16 +58,56 @@ Windows::Windows(nb::handle states, std::int64_t k_heads, std::int64_t capacity,
   rule_.emplace(config, backend.value_or(""));
   if (config.heads() != first.shape[1])
     fail("k_heads: expected a divisor of " + std::to_string(first.shape[1]) + ", got " + std::to_string(k_heads));
+  return config;
+}
+
+void Windows::require_like(Arrays& arrays, const TensorView& first, std::size_t layer) const {
+  const TensorView state = state_view(arrays, layer);
+  if (state.rank != first.rank || state.shape != first.shape || state.dtype != first.dtype || !(state.device == first.device))
+    fail("state: expected the shape, dtype and device of the first layer's in layer " + std::to_string(layer));
+}
+
+Windows::Windows(nb::handle states, std::int64_t k_heads, std::int64_t capacity, const std::string& entries,
+                 std::int64_t max_tokens, std::int64_t null_slot, Name backend, Stream stream) {
+  Arrays arrays;
+  TensorView first;
+  const Config config = configure(arrays, states, k_heads, null_slot, backend, first);
   layout_ = window_layout(config, first.shape[0], capacity, entry_type(entries), max_tokens);
   void* const record = aligned_memory(arrays, states_[0], layout_.record_bytes, memory_);
   for (std::size_t i = 0; i < states_.size(); ++i) {
-    const TensorView state = state_view(arrays, i);
-    if (state.rank != first.rank || state.shape != first.shape || state.dtype != first.dtype || !(state.device == first.device))
-      fail("state: expected the shape, dtype and device of the first layer's in layer " + std::to_string(i));
+    require_like(arrays, first, i);
     layers_.push_back(
         window_at(layout_, aligned_memory(arrays, states_[0], layout_.layer_bytes, memory_), record, first.device));
   }
   reset(nb::none(), stream);
+}
+
+Windows::Windows(nb::handle states, nb::tuple record, nb::list layers, std::int64_t capacity, std::int64_t null_slot,
+                 Name backend) {
+  Arrays arrays;
+  const auto take = [&](const char* name, nb::handle array, int rank, const char* shape) {
+    const TensorView view = arrays.write(name, array);
+    require_rank(name, view, rank, shape);
+    memory_.push_back(nb::borrow(array));
+    return view;
+  };
+  ReplayWindow window;
+  window.record.capacity = capacity;
+  window.record.length = take("length", record[0], 1, "[slots]");
+  window.record.order = take("order", record[1], 2, "[slots, R]");
+  for (nb::handle layer : layers) {
+    const auto tensors = nb::cast<nb::tuple>(layer);
+    window.keys = take("keys", tensors[0], 4, "[slots, HK, R, K]");
+    window.corrections = take("corrections", tensors[1], 4, "[slots, H, R, V]");
+    window.decays = take("decays", tensors[2], 3, "[slots, H, R]");
+    layers_.push_back(window);
+  }
+  if (layers_.empty()) fail("layers: expected the tensors of each layer, got none");
+  TensorView first;
+  const Config config = configure(arrays, states, layers_[0].keys.shape[1], null_slot, backend, first);
+  if (states_.size() != layers_.size()) fail("layers: expected one for each state");
+  for (std::size_t i = 0; i < states_.size(); ++i) require_like(arrays, first, i);
+  layout_ = window_layout(config, first.shape[0], capacity, layers_[0].keys.dtype, window.record.order.shape[1] - capacity);
 }
 
 TensorView Windows::state_view(Arrays& arrays, std::size_t layer) const { return arrays.write("state", states_[layer]); }
@@ -154,6 +193,12 @@ void define_windows(nb::module_& module) {
       .def(nb::init<nb::handle, std::int64_t, std::int64_t, const std::string&, std::int64_t, std::int64_t, Name, Stream>(),
            arg("states"), nb::kw_only(), arg("k_heads"), arg("capacity") = 16, arg("entries") = "bfloat16",
            arg("max_tokens") = 0, arg("null_slot") = -1, arg("backend") = nb::none(), stream, nb::sig(window_signature))
+      .def_static(
+          "over",
+          [](nb::handle states, nb::tuple record, nb::list layers, std::int64_t capacity, std::int64_t null_slot,
+             Name backend) { return new Windows(states, record, layers, capacity, null_slot, std::move(backend)); },
+          arg("states"), arg("record"), arg("layers"), nb::kw_only(), arg("capacity"), arg("null_slot") = -1,
+          arg("backend") = nb::none(), nb::sig(over_signature), over_doc, nb::rv_policy::take_ownership)
       .def("accept", &Windows::accept, arg("accepted"), optional("slots"), nb::kw_only(), arg("tokens") = nb::none(),
            optional("cu_seqlens"), optional("path"), stream, nb::sig(accept_signature), accept_doc)
       .def("reset", &Windows::reset, optional("slots"), nb::kw_only(), stream, nb::sig(reset_signature), reset_doc)

@@ -17,6 +17,9 @@ class Windows {
  public:
   Windows(nb::handle states, std::int64_t k_heads, std::int64_t capacity, const std::string& entries, std::int64_t max_tokens,
           std::int64_t null_slot, Name backend, Stream stream);
+  /// Windows in arrays of the caller's: `record` is (length, order), `layers` has (keys, corrections, decays) of each layer.
+  /// Nothing is written. `capacity` is W.
+  Windows(nb::handle states, nb::tuple record, nb::list layers, std::int64_t capacity, std::int64_t null_slot, Name backend);
 
   /// Throws unless there is such a layer.
   const ReplayWindow& layer(std::int64_t layer) const;
@@ -33,6 +36,11 @@ class Windows {
   const WindowLayout& layout() const { return layout_; }
 
  private:
+  /// Takes the states and makes the rule. Returns its configuration, and the first layer's state in `first`.
+  Config configure(Arrays& arrays, nb::handle states, std::int64_t k_heads, std::int64_t null_slot, const Name& backend,
+                   TensorView& first);
+  /// Throws unless the state of a layer is like the first one.
+  void require_like(Arrays& arrays, const TensorView& first, std::size_t layer) const;
   WindowRecord record() const { return layers_.front().record; }
   TensorView state_view(Arrays& arrays, std::size_t layer) const;
 

@@ -41,5 +41,6 @@ done
 if [ $# -ge 3 ]; then
   step flashinfer python3 python/tests/run_peer_tests.py flashinfer "$2" --durations=5
   step fla python3 python/tests/run_peer_tests.py fla "$3" --durations=5
+  step fla-forward python3 python/tests/run_peer_tests.py fla-forward "$3" --durations=5
 fi
 exit "$failed"

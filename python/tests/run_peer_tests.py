@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the test files that FlashInfer and Flash Linear Attention publish for their gated delta rule functions against the
 drop-ins of gatedelta.compat, from a checkout of theirs; neither has to be installed. Needs a CUDA device, PyTorch and, for FLA,
-Triton and einops.
+Triton and einops. The end of the output counts the results of each test function, with the reasons.
 
     run_peer_tests.py flashinfer CHECKOUT [arguments of pytest]
     run_peer_tests.py fla CHECKOUT [arguments of pytest]
+    run_peer_tests.py fla-forward CHECKOUT [arguments of pytest]    tests of gradients compare results only
 """
 
+import collections
 import importlib
 import pathlib
 import sys
@@ -54,8 +56,48 @@ def prepare_fla(checkout):
     return [checkout / "tests/ops/test_gdn.py"]
 
 
+def prepare_fla_forward(checkout):
+    """Most of FLA's tests compare results and gradients in one function. Without gradients, of which the drop-ins have none,
+    what is left of them compares results."""
+    files = prepare_fla(checkout)
+    utils = importlib.import_module("fla.utils")
+    compare = utils.assert_close
+
+    def compare_results(name, expected, found, *rest, **options):
+        if expected is not None or found is not None:  # a gradient is None on both sides
+            compare(name, expected, found, *rest, **options)
+
+    utils.assert_close = compare_results
+    torch.Tensor.backward = lambda self, *_, **__: None
+    return files
+
+
+class Counts:
+    """A plugin of pytest that counts the results of each test function."""
+
+    def __init__(self):
+        self.results = collections.Counter()
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.outcome == "passed":
+            return
+        reason = ""
+        if report.skipped and isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2]
+        elif report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = (crash.message if crash else str(report.longrepr)).strip().split("\n")[0]
+        name = report.nodeid.split("/")[-1].split("[")[0]
+        self.results[name, report.outcome, reason[:160]] += 1
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.section("results of each function")
+        for (name, outcome, reason), count in sorted(self.results.items()):
+            terminalreporter.write_line(f"{name}: {count} {outcome}" + (f": {reason}" if reason else ""))
+
+
 def main():
-    peers = {"flashinfer": prepare_flashinfer, "fla": prepare_fla}
+    peers = {"flashinfer": prepare_flashinfer, "fla": prepare_fla, "fla-forward": prepare_fla_forward}
     if len(sys.argv) < 3 or sys.argv[1] not in peers:
         raise SystemExit(__doc__.strip())
     checkout = pathlib.Path(sys.argv[2]).resolve()
@@ -65,8 +107,8 @@ def main():
         raise SystemExit(f"there is no {missing[0]}")
     # Their configuration files name plugins and options that are not needed here.
     options = ["-c", "/dev/null", "--rootdir", str(checkout), "--confcutdir", str(files[0].parent), "-p", "no:cacheprovider",
-               "-q", "-rfEs", "--tb=line"]  # fmt: skip
-    raise SystemExit(pytest.main([*options, *map(str, files), *sys.argv[3:]]))
+               "-q", "-rfE", "--tb=line"]  # fmt: skip
+    raise SystemExit(pytest.main([*options, *map(str, files), *sys.argv[3:]], plugins=[Counts()]))
 
 
 if __name__ == "__main__":
