@@ -27,15 +27,16 @@ class ScenarioGenerator {
   }
 
   WindowScenario make() {
+    serving_ = random_.chance(0.4);
     choose_config();
     s_.capacity = random_.pick<std::int64_t>({4, 4, 5, 8, 16, 16, 32, 64});
     s_.max_tokens = random_.chance(0.5) ? s_.capacity : random_.integer(1, s_.capacity);
-    s_.entries = random_.pick({DType::f32, DType::bf16});
+    s_.entries = serving_ ? DType::bf16 : random_.pick({DType::f32, DType::bf16});
     s_.slots = random_.integer(1, 6) + std::max<std::int64_t>(0, s_.config.null_slot + 1);
     const std::int64_t H = s_.config.heads(), K = s_.config.key_dim, V = s_.config.value_dim;
     s_.state = dense(s_.config.dtypes.state, {s_.slots, H, V, K});
-    if (random_.chance(0.25)) s_.state.strides[2] = 1, s_.state.strides[3] = V;  // [slots,H,K,V] in memory
-    if (random_.chance(0.3)) s_.state.strides[0] += random_.integer(1, 40);
+    if (!serving_ && random_.chance(0.25)) s_.state.strides[2] = 1, s_.state.strides[3] = V;  // [slots,H,K,V] in memory
+    if (random_.chance(0.3)) s_.state.strides[0] += serving_ ? 8 * random_.integer(1, 5) : random_.integer(1, 40);
     strength_ = random_.pick({0.001, 0.1, 1.0, 30.0});
     for (std::int64_t i = 0; i < s_.state.elements(); ++i)
       s_.state.values.push_back(rounded(s_.state.dtype, 0.1 * random_.normal()));
@@ -65,6 +66,12 @@ class ScenarioGenerator {
     d.q = d.k = d.v = d.gate = d.beta = random_.pick({DType::f32, DType::f32, DType::bf16, DType::f16});
     d.o = random_.chance(0.7) ? DType::f32 : d.q;
     d.state = random_.pick({DType::f32, DType::f32, DType::bf16, DType::f16});
+    if (!serving_) return;
+    d.q = d.k = d.v = d.o = DType::bf16;
+    d.gate = d.beta = random_.pick({DType::bf16, DType::bf16, DType::f32});
+    c.key_dim = random_.pick<std::int64_t>({64, 128});
+    c.value_dim = random_.pick<std::int64_t>({32, 64, 96, 128});
+    if (random_.chance(0.5)) c.gate = GateForm::raw, c.beta = BetaForm::logits, c.qk_l2norm = true;
   }
 
   void add_step(bool long_rows) {
@@ -155,6 +162,7 @@ class ScenarioGenerator {
   Random random_;
   WindowScenario s_;
   std::uint64_t seed_ = 0;
+  bool serving_ = false;  // as models call the operator: bfloat16, and sizes that backends have kernels of their own for
   double strength_ = 1;
 };
 

@@ -111,8 +111,7 @@ class CudaBackend final : public Backend {
   }
 
   void forward(const Call& call) override {
-    call.problem.window ? run(
-                              call, make_replay_params(call), [](const auto&) { return Plan{}; }, launch_replay)
+    call.problem.window ? run(call, make_replay_params(call), make_replay_plan, launch_replay)
                         : run(call, make_params(call), make_plan, launch_forward);
   }
 

@@ -107,6 +107,7 @@ class TokenColumns {
 
   // Factors of S k_t and v_t in R_t, and of S q_t in o_t, for the lane's columns.
   float key_factor[2], value_factor[2], query_factor[2];
+  float key_norm[2];  ///< what normalises the keys of the lane's columns; for windows
 
   /// The token whose v is wanted in column g, and the one whose outputs are in column g of the last block; negative for none.
   __device__ static int value_of(int g) { return g; }
@@ -171,12 +172,13 @@ class TokenColumns {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int from = 4 * (2 * c + e);
-      const float key_norm = shuffle(row_factor, from), query_norm = shuffle(row_query_factor, from);
+      const float norm = shuffle(row_factor, from), query_norm = shuffle(row_query_factor, from);
+      key_norm[e] = key_columns ? norm : 0.0f;
       const float column_decay = shuffle(prefix_, from), column_beta = shuffle(beta, from);
-      key_factor[e] = key_columns ? -column_beta * (column_decay * key_norm) : 0.0f;
+      key_factor[e] = key_columns ? -column_beta * (column_decay * norm) : 0.0f;
       value_factor[e] = key_columns ? column_beta : 0.0f;
       query_factor[e] = !beside || c >= 2 ? p.scale * (column_decay * query_norm) : 0.0f;
-      decays_[e] = key_columns && column[e] <= t ? decays_[e] * key_norm : 0.0f;
+      decays_[e] = key_columns && column[e] <= t ? decays_[e] * norm : 0.0f;
       left[e] = key_row && column[e] < t ? -beta * (row_factor * products[e] * decays_[e]) : 0.0f;
       right[e] = p.scale * (row_query_factor * read_outs[e] * decays_[e]);
       if constexpr (beside) left[e] = key_row ? left[e] : right[e];
@@ -212,6 +214,14 @@ class TokenColumns {
     for (auto& solution : solutions_)
 #pragma unroll
       for (Pair& part : solution) numbers.pass(part);
+  }
+
+  static constexpr std::size_t norms_bytes = 128 * 2;
+  __device__ void pass_norms(SharedNumbers numbers) { numbers.pass(key_norm[0]), numbers.pass(key_norm[1]); }
+  /// Of token g, or g % 4; for the warp that has fetched the gates.
+  template <bool common>
+  __device__ float log_decay(const FastParams& p) const {
+    return gates_.log_decay<float, common>(p);
   }
 
   /// From R (rows g and g + 8 of 16) to the corrections U; adds to the outputs, which are in the columns of queries.
@@ -272,7 +282,7 @@ class TokenColumns<key_dim, 1, width> {
  public:
   static constexpr int blocks = 1, runs = key_dim / (4 * width);
 
-  float key_factor[2], value_factor[2], query_factor[2];
+  float key_factor[2], value_factor[2], query_factor[2], key_norm[2];
 
   __device__ static int value_of(int g) { return g == 0 || g == 2 ? 0 : -1; }
   __device__ static int query_of(int g) { return g == 1 ? 0 : -1; }
@@ -293,6 +303,7 @@ class TokenColumns<key_dim, 1, width> {
     decay_ = expf(gates_.log_decay<float, common>(p));
     const float beta = gates_.beta<float, common>(p);
     key_norm_ = normalisation<common>(p, shuffle(products[0], 0));
+    key_norm[0] = key_norm_, key_norm[1] = 0;
     const float query_scale = p.scale * normalisation<common>(p, shuffle(products[1], 4));
     read_out_ = query_scale * (key_norm_ * shuffle(products[1], 0));
     key_factor[0] = -beta * (decay_ * key_norm_), value_factor[0] = beta, query_factor[0] = 0;
@@ -304,6 +315,13 @@ class TokenColumns<key_dim, 1, width> {
 #pragma unroll
     for (int e = 0; e < 2; ++e) numbers.pass(key_factor[e]), numbers.pass(value_factor[e]), numbers.pass(query_factor[e]);
     numbers.pass(decay_), numbers.pass(key_norm_), numbers.pass(read_out_);
+  }
+
+  static constexpr std::size_t norms_bytes = 128 * 2;
+  __device__ void pass_norms(SharedNumbers numbers) { numbers.pass(key_norm[0]), numbers.pass(key_norm[1]); }
+  template <bool common>
+  __device__ float log_decay(const FastParams& p) const {
+    return gates_.log_decay<float, common>(p);
   }
 
   __device__ void solve(const float (&in)[2][2], float (&corrections)[4], float (&out)[4]) const {

@@ -17,6 +17,8 @@ FastKernel kernel_of(const Plan& plan, std::int64_t key_dim) {
       return decode_kernel_of<state>(plan, key_dim);
     case Kernel::serving:
       return serving_kernel_of<state>(plan, key_dim);
+    case Kernel::replay:
+      return replay_kernel_of<state>(plan, key_dim);
     default:
       return verify_kernel_of<state>(plan, key_dim);
   }
@@ -60,6 +62,27 @@ cudaError_t launch(const Launch& what, bool dependent, void* params, cudaStream_
   return cudaLaunchKernelExC(&config, what.function, arguments);
 }
 
+/// Cuts the call into blocks as the shape says.
+template <class P>
+cudaError_t launch_fast(const FastKernel& kernel, const Shape& shape, std::size_t warp_bytes, std::size_t block_bytes, P& p,
+                        std::int64_t rows, cudaStream_t stream) {
+  Launch what;
+  what.function = kernel.function;
+  what.threads = 32 * static_cast<unsigned>(shape.warps);
+  what.shared_bytes = block_bytes + static_cast<std::size_t>(shape.warps) * warp_bytes;
+  const int tiles = std::max((shape.span + kernel.warp_rows - 1) / kernel.warp_rows, 1);
+  p.span = static_cast<std::uint32_t>(tiles * kernel.warp_rows);
+  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * shape.warps;
+  what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows), static_cast<unsigned>(p.heads));
+  for (std::int64_t first = 0; first < rows; first += max_grid_yz) {
+    p.first_row = static_cast<std::uint32_t>(first);
+    what.grid.z = static_cast<unsigned>(std::min(rows - first, max_grid_yz));
+    const cudaError_t status = launch(what, p.dependent, &p, stream);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
 
 cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaStream_t stream) {
@@ -79,20 +102,17 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
   p.parts = std::max(parts_of(p.q.dtype), parts_of(p.k.dtype));
   std::size_t warp_bytes = kernel.bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
   if (p.store_tokens || p.snapshots.data != nullptr) warp_bytes += kernel.each_bytes;
-  what.function = kernel.function;
-  what.threads = 32 * static_cast<unsigned>(plan.shape.warps);
-  what.shared_bytes = kernel.block_bytes + static_cast<std::size_t>(plan.shape.warps) * warp_bytes;
-  const int tiles = std::max((plan.shape.span + kernel.warp_rows - 1) / kernel.warp_rows, 1);
-  p.span = static_cast<std::uint32_t>(tiles * kernel.warp_rows);
-  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * plan.shape.warps;
-  what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows), static_cast<unsigned>(p.heads));
-  for (std::int64_t first = 0; first < rows; first += max_grid_yz) {
-    p.first_row = static_cast<std::uint32_t>(first);
-    what.grid.z = static_cast<unsigned>(std::min(rows - first, max_grid_yz));
-    const cudaError_t status = launch(what, p.dependent, &p, stream);
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
+  return launch_fast(kernel, plan.shape, warp_bytes, kernel.block_bytes, p, rows, stream);
+}
+
+cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& params, cudaStream_t stream) {
+  ReplayParams<FastParams> p{};
+  if (params.rows == 0 || plan.kernel != Kernel::replay || !narrow(params, p)) return launch_generic_replay(params, stream);
+  p.window = params.window;
+  const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim);
+  const auto groups = static_cast<std::size_t>((p.window.capacity + 15) / 16);
+  return launch_fast(kernel, plan.shape, kernel.bytes + groups * kernel.group_bytes,
+                     kernel.block_bytes + groups * kernel.block_group_bytes, p, params.rows, stream);
 }
 
 }  // namespace gatedelta::cuda

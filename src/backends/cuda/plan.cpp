@@ -29,6 +29,7 @@ constexpr Choice serving_update_32_bit[] = {
 constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_read[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
+constexpr Choice replay_rows[] = {{256, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
 constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 
 template <std::size_t N>
@@ -44,6 +45,23 @@ bool states_have_vectors(const ForwardParams& p, int dimension) {
   };
   return good(p.state_read) && good(p.state_write) && good(p.snapshots);
 }
+
+/// q, k, v and o in bfloat16 and vectors, states without gaps.
+bool has_serving_form(const ForwardParams& p, bool value_last) {
+  const auto bfloat = [](const auto& tensor) { return tensor.data == nullptr || tensor.dtype == DType::bf16; };
+  const auto gapless = [&](const auto& tensor, int row) {
+    return tensor.data == nullptr || (value_last ? tensor.strides[row + 1] == p.value_dim : tensor.strides[row] == p.key_dim);
+  };
+  return p.vector_keys && has_vectors(p.v, 3, 2) && has_vectors(p.o, 3, 2) && bfloat(p.q) && bfloat(p.k) && bfloat(p.v) &&
+         bfloat(p.o) && gapless(p.state_read, 2) && gapless(p.state_write, 2) && gapless(p.snapshots, 3);
+}
+
+bool has_usual_gates(const ForwardParams& p) {
+  return p.l2norm && p.gate_form == GateForm::raw && p.beta_form == BetaForm::logits && p.gate.dtype == DType::bf16 &&
+         p.beta.dtype == DType::bf16 && !p.store_tokens && p.accepted.data == nullptr;
+}
+
+int token_tile_of(const ForwardParams& p) { return p.tokens == 1 ? 1 : p.tokens <= 4 ? 4 : 8; }
 
 bool has_kernel(const Plan& plan, const Shape& shape) {
   if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4) || shape.span < 1) return false;
@@ -64,6 +82,7 @@ std::optional<Shape> parse_shape(const char* text) {
 
 Choices choices(const Plan& plan, DType state, Stores stores) {
   if (plan.kernel == Kernel::verify) return all(verify_rows);
+  if (plan.kernel == Kernel::replay) return all(replay_rows);
   if (plan.kernel == Kernel::serving) {
     if (plan.value_last) return all(serving_value_last);
     if (stores == Stores::none) return all(serving_read);
@@ -73,6 +92,20 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
   if (plan.value_last) return all(decode_value_last);
   return state == DType::f32 ? all(decode_32_bit) : all(decode_16_bit);
 }
+
+namespace {
+
+void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
+  static const std::optional<Shape> forced = parse_shape(std::getenv("GATEDELTA_CUDA_SHAPE"));
+  if (forced && has_kernel(plan, *forced)) {
+    plan.shape = *forced;
+  } else {
+    const Choices rows = choices(plan, p.state_dtype, stores);
+    plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
+  }
+}
+
+}  // namespace
 
 Plan make_plan(const ForwardParams& p) {
   Plan plan;
@@ -85,21 +118,12 @@ Plan make_plan(const ForwardParams& p) {
   else
     return plan;
 
-  const auto bfloat = [](const auto& tensor) { return tensor.data == nullptr || tensor.dtype == DType::bf16; };
-  const auto gapless = [&](const auto& tensor, int row) {
-    return tensor.data == nullptr ||
-           (plan.value_last ? tensor.strides[row + 1] == p.value_dim : tensor.strides[row] == p.key_dim);
-  };
-  const bool vectors = p.vector_keys && has_vectors(p.v, 3, 2) && has_vectors(p.o, 3, 2) && bfloat(p.q) && bfloat(p.k) &&
-                       bfloat(p.v) && bfloat(p.o) && gapless(p.state_read, 2) && gapless(p.state_write, 2) &&
-                       gapless(p.snapshots, 3);
-  const bool usual = vectors && p.l2norm && p.gate_form == GateForm::raw && p.beta_form == BetaForm::logits && bfloat(p.gate) &&
-                     bfloat(p.beta) && !p.store_tokens && p.accepted.data == nullptr;
+  const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
   const bool snapshots = p.snapshots.data != nullptr, variable = p.cu_seqlens.data != nullptr;
   if (vectors && !variable && p.tokens >= (plan.value_last ? 1 : 2) && p.tokens <= 8 && p.key_dim <= 128 &&
       (!snapshots || p.snapshots.dtype == p.state_dtype)) {
     plan.kernel = Kernel::serving;
-    plan.token_tile = p.tokens == 1 ? 1 : p.tokens <= 4 ? 4 : 8;
+    plan.token_tile = token_tile_of(p);
     plan.common = usual;
   } else if (!variable && p.tokens == 1) {
     plan.kernel = Kernel::decode;
@@ -110,14 +134,21 @@ Plan make_plan(const ForwardParams& p) {
     plan.token_tile = p.tokens <= 8 || p.key_dim == 256 ? 8 : 16;
     plan.common = vectors;
   }
-  static const std::optional<Shape> forced = parse_shape(std::getenv("GATEDELTA_CUDA_SHAPE"));
-  if (forced && has_kernel(plan, *forced)) {
-    plan.shape = *forced;
-  } else {
-    const Stores stores = snapshots || p.store_tokens ? Stores::each : p.store_final ? Stores::last : Stores::none;
-    const Choices rows = choices(plan, p.state_dtype, stores);
-    plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
-  }
+  choose_shape(p, snapshots || p.store_tokens ? Stores::each : p.store_final ? Stores::last : Stores::none, plan);
+  return plan;
+}
+
+Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
+  Plan plan;
+  const WindowParams& window = p.window;
+  if ((p.key_dim != 64 && p.key_dim != 128) || p.value_dim % 32 != 0 || p.heads > max_grid_yz || p.tokens < 1 || p.tokens > 8 ||
+      p.cu_seqlens.data != nullptr || p.parent.data != nullptr || !states_have_vectors(p, 1) || !has_serving_form(p, false) ||
+      window.keys.dtype != DType::bf16 || !has_vectors(window.keys, 3, 8) || !has_vectors(window.corrections, 3, 8))
+    return plan;
+  plan.kernel = Kernel::replay;
+  plan.token_tile = token_tile_of(p);
+  plan.common = has_usual_gates(p);
+  choose_shape(p, Stores::last, plan);
   return plan;
 }
 

@@ -10,7 +10,7 @@ namespace gatedelta::cuda {
 
 constexpr std::int64_t max_grid_yz = 65535;
 
-enum class Kernel : std::uint8_t { generic, decode, verify, serving };
+enum class Kernel : std::uint8_t { generic, decode, verify, serving, replay };
 /// Which states a call stores: that after a row's last token, or after each.
 enum class Stores : std::uint8_t { none, last, each };
 
@@ -48,6 +48,7 @@ std::optional<Shape> parse_shape(const char* text);
 /// From what the host knows of the call. The kernel, and so the bits of the result, depends on the form of the call and on
 /// T, but never on the number of rows; the shape may.
 Plan make_plan(const ForwardParams& params);
+Plan make_replay_plan(const ReplayParams<ForwardParams>& params);
 
 /// Launches the plan's kernel; all launches are asynchronous. Returns the launch's own status.
 cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaStream_t stream);
@@ -69,6 +70,8 @@ struct FastKernel {
   // Shared memory of a warp: in any case, for each part of keys and queries, and where states after each token are stored.
   std::size_t bytes = 0, part_bytes = 0, each_bytes = 0;
   std::size_t block_bytes = 0;  ///< of a block beside its warps
+  // For each 16 entries of a window: of a warp, and of a block.
+  std::size_t group_bytes = 0, block_group_bytes = 0;
 };
 // The device code, by state dtype.
 template <DType state>
@@ -77,6 +80,9 @@ template <DType state>
 FastKernel verify_kernel_of(const Plan& plan, std::int64_t key_dim);
 template <DType state>
 FastKernel serving_kernel_of(const Plan& plan, std::int64_t key_dim);
+template <DType state>
+FastKernel replay_kernel_of(const Plan& plan, std::int64_t key_dim);
 const void* generic_kernel();
+cudaError_t launch_generic_replay(const ReplayParams<ForwardParams>& params, cudaStream_t stream);
 
 }  // namespace gatedelta::cuda

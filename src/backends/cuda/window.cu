@@ -17,7 +17,7 @@ cudaError_t launch(void (*kernel)(Params), std::int64_t blocks, int threads, std
 
 }  // namespace
 
-cudaError_t launch_replay(const Plan&, const ReplayParams<ForwardParams>& params, cudaStream_t stream) {
+cudaError_t launch_generic_replay(const ReplayParams<ForwardParams>& params, cudaStream_t stream) {
   const std::int64_t rows = params.rows + (params.cu_seqlens.data != nullptr ? 1 : 0);
   return launch(replay_forward_kernel, rows * params.heads * params.slices, block_threads,
                 static_cast<std::size_t>(replay_floats(params.slice_rows, params.key_dim)) * sizeof(float), params, stream);

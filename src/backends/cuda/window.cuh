@@ -3,8 +3,7 @@
 
 #include "backends/cuda/block.cuh"
 #include "backends/cuda/gates.cuh"
-#include "backends/cuda/rows.cuh"
-#include "gatedelta/window.hpp"
+#include "backends/cuda/record.cuh"
 
 // Replay windows for every case of the operator, and the calls for windows alone.
 //
@@ -16,45 +15,6 @@
 //
 // where the sums are over entries as they are stored: k_j as given, u_j with the factor that normalises k_j.
 namespace gatedelta::cuda {
-
-constexpr int window_words = 2 * max_window / 32;
-
-/// What a warp knows of the record of a slot: a lane has the places of the entries lane, lane + 32, ...
-struct RecordRow {
-  std::int32_t length = 0, places[window_words] = {};
-
-  /// False after a fault, which is recorded.
-  template <class P>
-  __device__ bool fetch(const P& p, std::int64_t slot, unsigned row, int lane) {
-    const int ring = p.window.ring;
-    length = static_cast<std::int32_t>(index_at(p.window.length, slot));
-    if (length < 0 || length > p.window.capacity) {
-      record(p.fault, FaultKind::length, row, length, p.window.capacity);
-      return false;
-    }
-    bool good = true;
-    unsigned seen[window_words] = {};
-#pragma unroll
-    for (int i = 0; i < window_words; ++i) {
-      if (32 * i + lane >= ring) break;
-      places[i] = static_cast<std::int32_t>(index_at(p.window.order, slot, 32 * i + lane));
-      if (places[i] < 0 || places[i] >= ring) {
-        record(p.fault, FaultKind::order, row, places[i], ring - 1);
-        good = false;
-      }
-#pragma unroll
-      for (int word = 0; word < window_words; ++word)
-        if (places[i] / 32 == word) seen[word] |= 1u << places[i] % 32;
-    }
-    __syncwarp();
-    int count = 0;
-#pragma unroll
-    for (unsigned& word : seen) count += __popc(__reduce_or_sync(0xffffffffu, word));
-    good = __all_sync(0xffffffffu, good);
-    if (good && count != ring) record(p.fault, FaultKind::order, row, count, ring - 1);
-    return good && count == ring;
-  }
-};
 
 /// The record of a slot in shared memory, for all threads of a block together.
 struct SharedRecord {

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of the serving form with a replay window, of one state dtype: compiled once for each GATEDELTA_STATE.
+#include "backends/cuda/plan.hpp"
+#include "backends/cuda/replay.cuh"
+#include "backends/cuda/state_dtype.cuh"
+
+namespace gatedelta::cuda {
+namespace {
+
+template <int key_dim, int token_tile, bool common>
+FastKernel describe() {
+  void (*const kernel)(ReplayParams<FastParams>) = replay_kernel<State, key_dim, token_tile, common>;
+  using Unit = StateUnit<State, key_dim, false>;
+  using Tokens = TokenColumns<key_dim, token_tile, Unit::width>;
+  return {.function = reinterpret_cast<const void*>(kernel),
+          .warp_rows = Unit::rows,
+          .bytes = replay_stages * replay_stage_bytes<Unit>,
+          .block_bytes = Tokens::shared_bytes + Tokens::norms_bytes,
+          .group_bytes = replay_stages * group_stage_bytes,
+          .block_group_bytes = group_mix_bytes<Tokens>};
+}
+
+template <int key_dim, bool common>
+FastKernel find(const Plan& plan) {
+  switch (plan.token_tile) {
+    case 1:
+      return describe<key_dim, 1, common>();
+    case 4:
+      return describe<key_dim, 4, common>();
+    default:
+      return describe<key_dim, 8, common>();
+  }
+}
+
+template <int key_dim>
+FastKernel find(const Plan& plan) {
+  return plan.common ? find<key_dim, true>(plan) : find<key_dim, false>(plan);
+}
+
+}  // namespace
+
+template <>
+FastKernel replay_kernel_of<state_dtype>(const Plan& plan, std::int64_t key_dim) {
+  return key_dim == 64 ? find<64>(plan) : find<128>(plan);
+}
+
+}  // namespace gatedelta::cuda
