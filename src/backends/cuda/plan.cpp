@@ -29,7 +29,7 @@ constexpr Choice serving_update_32_bit[] = {
 constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_read[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
-constexpr Choice replay_rows[] = {{256, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
+constexpr Choice replay_rows[] = {{512, {0, 4, 16}}, {1024, {0, 2, 32}}, {no_bound, {0, 2, 64}}};
 constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 
 template <std::size_t N>

@@ -25,6 +25,7 @@ struct RecordRow {
 #pragma unroll
     for (int i = 0; i < window_words; ++i) {
       const int entry = 32 * i + lane;
+      if (32 * i >= ring) continue;
       if (entry < ring) places[i] = static_cast<std::int32_t>(index_at(p.window.order, slot, entry));
       const bool bad = entry < ring && (places[i] < 0 || places[i] >= ring);
       if (bad) record(p.fault, FaultKind::order, row, places[i], ring - 1);
@@ -35,6 +36,7 @@ struct RecordRow {
     int count = 0;
 #pragma unroll
     for (int word = 0; word < window_words; ++word) {
+      if (32 * word >= ring) continue;
       unsigned bits = 0;
 #pragma unroll
       for (int i = 0; i < window_words; ++i)

@@ -31,7 +31,7 @@ constexpr int replay_blocks() {
   constexpr int memory =
       227 * 1024 / (replay_max_warps * replay_stages * (replay_stage_bytes<Unit> + group_stage_bytes) + 4096);
   constexpr int fragments = TokenColumns<Unit::keys, token_tile, Unit::width>::blocks * Unit::keys / 8;
-  constexpr int others = 104 + (Unit::pair_words == 2 ? 16 : 0) + (common ? 0 : 16);
+  constexpr int others = (token_tile <= 4 ? 84 : 104) + (Unit::pair_words == 2 ? 16 : 0) + (common ? 0 : 16);
   constexpr int registers = 65536 / (32 * replay_max_warps * (fragments + others));
   return memory < registers ? memory : registers;
 }
@@ -111,6 +111,9 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateUnit
   };
   const int v_token = Tokens::value_of(g);
   const bool has_v = v_token >= 0 && v_token < count;
+  // The lane's part of the first group's corrections, which are all that there are in short windows.
+  const std::uint16_t* const first_corrections =
+      lane / 2 < P ? corrections + place_of(lane / 2) * correction_stride + lane % 2 * 8 : nullptr;
   const auto fetch_values = [&](int stage, int first_value) {
     if (first_value < span_end) {
       if (has_v) {
@@ -123,8 +126,10 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateUnit
       for (int group = 0; group < used; ++group) {
         const int entry = group * group_entries + lane / 2;
         auto* const to = reinterpret_cast<uint4*>(corrections_at(stage, group)) + lane;
-        if (entry < P)
-          __pipeline_memcpy_async(to, corrections + place_of(entry) * correction_stride + first_value + lane % 2 * 8, 16);
+        const std::uint16_t* from = first_corrections;
+        if (group > 0) from = entry < P ? corrections + place_of(entry) * correction_stride + lane % 2 * 8 : nullptr;
+        if (from != nullptr)
+          __pipeline_memcpy_async(to, from + first_value, 16);
         else
           *to = uint4{};
       }
@@ -140,6 +145,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateUnit
   for (int word = 1; word >= 0; --word) {
     const int entry = 32 * word + lane;
     float product = 1;
+    gamma[word] = 1;
+    if (32 * word >= P) continue;
     if (entry < P)
       product = expf(static_cast<const float*>(
           window.decays.data)[offset_of(window.decays, static_cast<unsigned>(slot), h, place_of(entry))]);
@@ -157,16 +164,18 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateUnit
     return shuffle(group < 2 ? gamma[0] : gamma[1], group % 2 * group_entries + entry);
   };
   // Keys of an entry as a lane has those of a value row; zeros where there is none.
-  const auto load_keys = [&](Pair(&words)[pairs], int entry, int i) {
+  const auto keys_of = [&](int entry) -> const std::uint16_t* {
+    return entry < P ? keys + place_of(entry) * key_stride + Unit::width * c : nullptr;
+  };
+  const auto load_keys = [&](Pair(&words)[pairs], const std::uint16_t* from, int i) {
 #pragma unroll
     for (Pair& word : words) word = 0;
-    if (entry >= P) return;
-    const std::uint16_t* const from = keys + place_of(entry) * key_stride + Unit::width * (c + 4 * i);
+    if (from == nullptr) return;
     if constexpr (pairs == 4) {
-      const uint4 vector = *reinterpret_cast<const uint4*>(from);
+      const uint4 vector = *reinterpret_cast<const uint4*>(from + 4 * Unit::width * i);
       words[0] = vector.x, words[1] = vector.y, words[2] = vector.z, words[3] = vector.w;
     } else {
-      const uint2 vector = *reinterpret_cast<const uint2*>(from);
+      const uint2 vector = *reinterpret_cast<const uint2*>(from + 4 * Unit::width * i);
       words[0] = vector.x, words[1] = vector.y;
     }
   };
@@ -178,11 +187,12 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateUnit
 #pragma unroll 1
     for (int group = 0; group < used; ++group) {
       float products[Tokens::blocks][4] = {};
+      const std::uint16_t* const from[2] = {keys_of(group * group_entries + g), keys_of(group * group_entries + 8 + g)};
 #pragma unroll
       for (int i = 0; i < runs; ++i) {
         Pair rows[2][pairs];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) load_keys(rows[half], group * group_entries + 8 * half + g, i);
+        for (int half = 0; half < 2; ++half) load_keys(rows[half], from[half], i);
 #pragma unroll
         for (int j = 0; j < pairs; j += 2)
 #pragma unroll
@@ -194,13 +204,11 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateUnit
       for (int half = 0; half < 2; ++half) {
         const float decay = gamma_of(group, 8 * half + g);
 #pragma unroll
-        for (int block = 0; block < Tokens::blocks; ++block)
-          split_in_three(decay * products[block][2 * half], decay * products[block][2 * half + 1],
-                         [&](int part) -> Pair& { return mix(group, block, part, half); });
+        for (int block = 0; block < Tokens::blocks; ++block) {
+          float low = decay * products[block][2 * half], high = decay * products[block][2 * half + 1];
 #pragma unroll
-        for (int block = 0; block < Tokens::blocks; ++block)
-#pragma unroll
-          for (int part = 0; part < 3; ++part) mix(group, block, part, half) = transposed(mix(group, block, part, half));
+          for (int part = 0; part < 3; ++part) mix(group, block, part, half) = transposed(take_upper(low, high));
+        }
       }
     }
   }
@@ -321,7 +329,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateUnit
           }
           Pair rows[2][pairs];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) load_keys(rows[half], group * group_entries + 8 * half + g, i);
+          for (int half = 0; half < 2; ++half) load_keys(rows[half], keys_of(group * group_entries + 8 * half + g), i);
 #pragma unroll
           for (int j = 0; j < pairs; ++j) {
             const Pair first = transposed(rows[0][j]), second = transposed(rows[1][j]);
