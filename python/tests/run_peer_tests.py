@@ -11,6 +11,7 @@ Triton and einops. The end of the output counts the results of each test functio
 
 import collections
 import importlib
+import os
 import pathlib
 import sys
 import types
@@ -39,37 +40,34 @@ def prepare_flashinfer(checkout):
     root.cute_dsl.utils = package("flashinfer.cute_dsl.utils")
     root.cute_dsl.utils.is_cute_dsl_arch_supported = lambda *_, **__: True
     tests = checkout / "tests/gdn"
-    return [tests / "test_decode_delta_rule.py", tests / "test_decode_pretranspose_noncontiguous_pool.py",
-            tests / "test_decode_pretranspose_bf16_padded_pool.py"]  # fmt: skip
+    files = [tests / "test_decode_delta_rule.py", tests / "test_decode_pretranspose_noncontiguous_pool.py",
+             tests / "test_decode_pretranspose_bf16_padded_pool.py"]  # fmt: skip
+    return files, []
 
 
 def prepare_fla(checkout):
-    """The tests' references are FLA's own; only the two functions are replaced."""
+    """The tests' references are FLA's own; only the two functions are replaced. Left out are tests that do not call them: of
+    FLA's gate, of the steps of its backward pass, and of which of its kernels run on which GPU."""
     from gatedelta.compat import fla
 
+    os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"  # with several of its backends it skips tests with more value heads
     sys.path.insert(0, str(checkout))
     package("fla", checkout / "fla").__version__ = "0"  # without its __init__, which imports models
     package("fla.ops", checkout / "fla/ops")
     operators = importlib.import_module("fla.ops.gated_delta_rule")
     operators.chunk_gated_delta_rule = fla.chunk_gated_delta_rule
     operators.fused_recurrent_gated_delta_rule = fla.fused_recurrent_gated_delta_rule
-    return [checkout / "tests/ops/test_gdn.py"]
+    return [checkout / "tests/ops/test_gdn.py"], ["-k", "not (test_gate or prepare_wy or flash_qla or blackwell)"]
 
 
 def prepare_fla_forward(checkout):
-    """Most of FLA's tests compare results and gradients in one function. Without gradients, of which the drop-ins have none,
-    what is left of them compares results."""
-    files = prepare_fla(checkout)
-    utils = importlib.import_module("fla.utils")
-    compare = utils.assert_close
-
-    def compare_results(name, expected, found, *rest, **options):
-        if expected is not None or found is not None:  # a gradient is None on both sides
-            compare(name, expected, found, *rest, **options)
-
-    utils.assert_close = compare_results
+    """Most of FLA's tests compare results and gradients in one function. The drop-ins have no gradients: here all are zeros, on
+    both sides, so that what is compared are results."""
+    found = prepare_fla(checkout)
+    importlib.import_module("torch._dynamo")  # looks at the real attribute when it is imported
     torch.Tensor.backward = lambda self, *_, **__: None
-    return files
+    torch.Tensor.grad = property(lambda self: torch.zeros_like(self), lambda self, value: None)
+    return found
 
 
 class Counts:
@@ -101,14 +99,14 @@ def main():
     if len(sys.argv) < 3 or sys.argv[1] not in peers:
         raise SystemExit(__doc__.strip())
     checkout = pathlib.Path(sys.argv[2]).resolve()
-    files = peers[sys.argv[1]](checkout)
+    files, selection = peers[sys.argv[1]](checkout)
     missing = [str(file) for file in files if not file.exists()]
     if missing:
         raise SystemExit(f"there is no {missing[0]}")
     # Their configuration files name plugins and options that are not needed here.
     options = ["-c", "/dev/null", "--rootdir", str(checkout), "--confcutdir", str(files[0].parent), "-p", "no:cacheprovider",
                "-q", "-rfE", "--tb=line"]  # fmt: skip
-    raise SystemExit(pytest.main([*options, *map(str, files), *sys.argv[3:]], plugins=[Counts()]))
+    raise SystemExit(pytest.main([*options, *map(str, files), *selection, *sys.argv[3:]], plugins=[Counts()]))
 
 
 if __name__ == "__main__":

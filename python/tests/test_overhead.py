@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The time that Python adds to a call, on an empty batch, where the library has nothing to compute."""
 
+import functools
 import timeit
 
 import pytest
@@ -18,11 +19,11 @@ def overhead_us(forward, arrays, slots, pool, o):
     return min(times) / 500 * 1e6
 
 
-def empty_call(module):
+def empty_call(module, **device):
     """Time in microseconds of a function of gatedelta.forward's arguments."""
-    arrays = {name: module.asarray(array) for name, array in inputs().items()}
-    pool, slots = module.zeros((2, 4, 24, 16), dtype=module.float32), module.asarray([0, 1])
-    o = module.zeros((2, 3, 4, 24), dtype=module.float32)
+    asarray, zeros = functools.partial(module.asarray, **device), functools.partial(module.zeros, dtype=module.float32, **device)
+    arrays = {name: asarray(array) for name, array in inputs().items()}
+    pool, slots, o = zeros((2, 4, 24, 16)), asarray([0, 1]), zeros((2, 3, 4, 24))
     return lambda forward: overhead_us(forward, arrays, slots, pool, o)
 
 
@@ -31,6 +32,17 @@ def test_overhead(library):
     found = empty_call(pytest.importorskip(library, reason=f"{library} is not installed"))(gatedelta.forward)
     print(f"gatedelta.forward on {library} arrays: {found:.1f} us a call")
     assert found < LIMIT_US
+
+
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+def test_overhead_on_cuda(library):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    module = pytest.importorskip(library, reason=f"{library} is not installed")
+    found = empty_call(module, **({"device": "cuda"} if library == "torch" else {}))(gatedelta.forward)
+    print(f"gatedelta.forward on {library} arrays of a CUDA device: {found:.1f} us a call")
+    assert found < 3 * LIMIT_US
 
 
 def test_overhead_of_operators():
