@@ -299,3 +299,93 @@ TEST_CASE("two streams at once do what they do one after the other") {
     }
   }
 }
+
+TEST_CASE("windows: faults are found on the device, and a captured step replays") {
+  Backend* backend = usable();
+  if (backend == nullptr) return;
+  constexpr std::int64_t slots = 3, W = 4, T = 2;
+  const Config config = scalar();
+  Problem problem;
+  problem.config = config;
+  problem.window = true;
+  if (const std::string reason = backend->unsupported_reason(problem); !reason.empty()) {
+    MESSAGE("skipped: " << reason);
+    return;
+  }
+  const WindowLayout layout = window_layout(config, slots, W, DType::f32, T);
+  const Array<std::byte> layer(std::vector<std::byte>(layout.layer_bytes));
+  Array<std::int32_t> record(layout.record_bytes / 4);  // lengths, and behind the first 256 bytes the orders
+  const ReplayWindow placed = window_at(layout, layer.view_as(DType::i32, {1}).data, record.view({1}).data, gpu);
+  const std::vector<float> ones(2 * T, 1);
+  const Array<float> q(ones), beta(ones), v(std::vector<float>(2 * T, 2)), o(2 * T), states(slots);
+  Array<float> pool(std::vector<float>{1, 1, 1});
+  Array<std::int32_t> rows(std::vector<std::int32_t>{0, 1}), accepted(std::vector<std::int32_t>{1, 2});
+  const Array<std::int32_t> all(std::vector<std::int32_t>{0, 1, 2});
+  const GatedDeltaRule op(config, *backend);
+  Arguments call;
+  call.q = call.k = q.view({2, T, 1, 1}), call.v = v.view({2, T, 1, 1}), call.o = o.view({2, T, 1, 1});
+  call.beta = beta.view({2, T, 1}), call.state = pool.view({slots, 1, 1, 1}), call.read_slots = rows.view({2});
+  call.window = &placed;
+  AcceptArguments accept{.record = placed.record, .slots = rows.view({2}), .accepted = accepted.view({2}), .tokens = T};
+  const auto restart = [&] {
+    rows.set({0, 1}), accepted.set({1, 2});
+    op.reset({.record = placed.record});
+    CHECK(device_error(*backend) == "");
+  };
+  const auto lengths = [&] { return record.get(0, slots); };
+
+  restart();
+  op.forward(call);
+  op.accept(accept);
+  CHECK(device_error(*backend) == "");
+  CHECK(o.get() == std::vector<float>{2, 2, 2, 2});
+  CHECK(lengths() == std::vector<std::int32_t>{1, 2, 0});
+  CHECK(pool.get() == std::vector<float>{1, 1, 1});
+
+  record.set({W + 1}, 0);
+  op.forward(call);
+  CHECK(device_error(*backend) == "window.length: row 0 has 5, expected 0..4");
+  CHECK(o.get() == std::vector<float>{0, 0, 2, 2});
+  restart();
+  record.set({0, 0}, 64 + static_cast<std::size_t>(layout.ring));
+  op.forward(call);
+  CHECK(device_error(*backend).rfind("window.order: row 1 has", 0) == 0);
+  restart();
+  rows.set({3, 1});
+  op.forward(call);
+  CHECK(device_error(*backend) == "read_slots: row 0 has slot 3, the pool has 3 slots");
+  op.accept(accept);
+  CHECK(device_error(*backend) == "slots: row 0 has slot 3, the pool has 3 slots");
+  CHECK(lengths() == std::vector<std::int32_t>{0, 2, 0});
+  restart();
+  rows.set({1, 1});
+  op.accept(accept);
+  CHECK(device_error(*backend) == "slots: row 1 has slot 1 again");
+  restart();
+  accepted.set({T + 1, 0});
+  op.accept(accept);
+  CHECK(device_error(*backend) == "accepted: row 0 has 3, expected 0..2");
+
+  // Whole steps on the device alone: windows fill up and are folded, and the states are those of plain decoding.
+  restart();
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t step = nullptr;
+  REQUIRE(cudaStreamCreate(&stream) == cudaSuccess);
+  call.stream = accept.stream = stream;
+  REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+  op.forward(call);
+  op.accept(accept);
+  REQUIRE(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
+  REQUIRE(cudaGraphInstantiate(&step, graph, 0) == cudaSuccess);
+  for (int i = 0; i < 5; ++i) REQUIRE(cudaGraphLaunch(step, stream) == cudaSuccess);
+  CHECK(device_error(*backend, stream) == "");
+  CHECK(lengths() == std::vector<std::int32_t>{2, 2, 0});  // 1 2 3 1 2, and 2 4 2 4 2
+  CHECK(pool.get() == std::vector<float>{2, 2, 1});
+  op.state_of({.window = placed, .state = call.state, .slots = all.view({slots}), .out = states.view({slots, 1, 1, 1})});
+  CHECK(device_error(*backend) == "");
+  CHECK(states.get() == std::vector<float>{2, 2, 1});
+  CHECK(cudaGraphExecDestroy(step) == cudaSuccess);
+  CHECK(cudaGraphDestroy(graph) == cudaSuccess);
+  CHECK(cudaStreamDestroy(stream) == cudaSuccess);
+}
