@@ -136,6 +136,7 @@ Workload::Workload(const Case& item, Platform& platform, const Rotation& rotatio
     };
     instances_.push_back(make_arguments(item, platform.device(), allocate, windows_.back().get()));
   }
+  for (const auto& window : windows_) window->record = windows_.front()->record;
   if (workspace_size > 0) workspace_ = platform.allocate(workspace_size);
   for (Arguments& instance : instances_) {
     instance.stream = platform.stream();
@@ -190,7 +191,8 @@ Traffic Workload::traffic(const Arguments& arguments) const {
   return out;
 }
 
-/// Sequences of a server are folded at different steps: so their windows start at all lengths.
+/// Sequences of a server are folded at different steps: so their windows start at all lengths. Instances stand for the layers
+/// of a model, which share the lengths.
 void Workload::start_windows(Platform& platform) {
   const ReplayWindow& window = *windows_.front();
   platform.fill(window.keys, {101, 0, 1 / std::sqrt(static_cast<float>(item_.key_dim))}, item_.threads);

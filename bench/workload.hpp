@@ -40,11 +40,12 @@ struct Case {
   std::int64_t window = 0;  ///< W of a replay window, with Mode::update; 0: none
   DType entries = DType::bf16;
   std::int64_t accepted = 0;  ///< tokens of each step that stay, with a window
+  std::int64_t layers = 1;    ///< of a model, with windows that share a record: calls to each accept
   int threads = 1;
 
   Config config() const;
   /// Calls after which a window has been folded about as often as it is in the long run.
-  std::int64_t cycle() const { return window > 0 ? window : 1; }
+  std::int64_t cycle() const { return window > 0 ? window * layers : 1; }
   std::size_t state_bytes() const;  ///< of one state for each sequence
   /// How many states of a sequence are written.
   std::int64_t stores() const;

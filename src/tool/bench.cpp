@@ -45,7 +45,7 @@ struct Options {
   std::string layout = "vk";
   std::vector<int> threads;
   bool warm = false;
-  std::int64_t window = 0, accepted = 0;
+  std::int64_t window = 0, accepted = 0, layers = 36;
   std::string entries = "bf16";
   bench::Effort effort;
   double max_memory_mib = 3072;
@@ -135,6 +135,7 @@ std::vector<Case> named_cases(const Options& options, const Case& base) {
           item.window = options.window;
           item.entries = dtype_of("--entries", options.entries);
           item.accepted = options.accepted > 0 ? options.accepted : count;
+          item.layers = options.layers;
           if (item.window > 0 && (count > item.window || item.accepted > count))
             fail("--accepted: expected at most the tokens of a call, and these at most the window");
           out.push_back(item);
@@ -332,6 +333,7 @@ ordered_json json_of(const Result& row, const bench::Platform& platform, const s
     out["window"] = item.window;
     out["entries"] = name_of(item.entries);
     out["accepted"] = item.accepted;
+    out["layers"] = item.layers;
   }
   out["calls_per_repetition"] = row.timing.calls();
   out["memory_limit_calls_per_repetition"] = row.limit.memory.calls();
@@ -392,11 +394,11 @@ void run(const Options& options) {
     for (Backend* backend : job.backends) {
       const GatedDeltaRule rule(item.config(), *backend);
       if (item.window > 0)
-        subjects.emplace_back([&workload, rule, cycle = item.cycle()] {
-          for (std::int64_t step = 0; step < cycle; ++step) {
+        subjects.emplace_back([&workload, rule, layers = item.layers, cycle = item.cycle()] {
+          for (std::int64_t call = 1; call <= cycle; ++call) {
             const Arguments& arguments = workload.next();
             rule.forward(arguments);
-            rule.accept(workload.accept(arguments));
+            if (call % layers == 0) rule.accept(workload.accept(arguments));
           }
         });
       subjects.emplace_back([&workload, rule] {
@@ -493,6 +495,10 @@ void add_bench_command(CLI::App& app) {
       ->check(CLI::IsMember({"f32", "bf16"}));
   command->add_option("--accepted", options->accepted, "tokens of each call that stay in the window; all if not given")
       ->check(CLI::Range(1, 64));
+  command
+      ->add_option("--layers", options->layers, "calls with windows that share a record, to one accept: the layers of a model")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1024));
   command->add_flag("--warm", options->warm, "use one state only, so that it stays in cache")->needs(op);
   command->add_option("--min-time", options->effort.min_seconds, "seconds of measurement for each row")
       ->capture_default_str()
