@@ -43,7 +43,14 @@ __device__ inline void load_transposed(std::uint32_t (&out)[4], const void* row)
                : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(row)))
                : "memory");
 }
-/// And back.
+/// The same without transposing: of row g of matrix i the lane's (2c, 2c+1) in word i.
+__device__ inline void load_matrices(std::uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+/// Transposed, and back.
 __device__ inline void store_transposed(void* row, const std::uint32_t (&in)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
                :
@@ -53,6 +60,16 @@ __device__ inline void store_transposed(void* row, const std::uint32_t (&in)[4])
 
 /// Makes x unknown to the compiler, which then cannot work out ahead of a loop what follows from it and keep that in registers.
 __device__ inline void forget(std::uint32_t& x) { asm volatile("" : "+r"(x)); }
+template <class T>
+__device__ void forget(T*& x) {
+  asm volatile("" : "+l"(x));
+}
+
+/// Where a generic address of shared memory is.
+__device__ inline std::uint32_t shared_offset(const void* shared) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ inline char* at_shared(std::uint32_t offset) { return static_cast<char*>(__cvta_shared_to_generic(offset)); }
 
 /// Where the block's dynamic shared memory is, plus `offset`: found out once, not before each use.
 __device__ inline char* shared_address(void* shared, std::uint32_t offset) {

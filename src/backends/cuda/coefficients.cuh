@@ -114,6 +114,7 @@ class TokenColumns {
   __device__ static int query_of(int g) { return beside ? g - 4 : g; }
   /// Of column g of a block, the keys (or of a query) width (c + 4i) + 2j, + 1.
   __device__ Pair pair(int block, int i, int j) const { return words_[block][i][j]; }
+  __device__ const Pair (&run(int block, int i) const)[width / 2] { return words_[block][i]; }
 
   __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int count, int g, int c) {
     const auto token = static_cast<unsigned>(g % token_tile);
@@ -134,7 +135,8 @@ class TokenColumns {
     const int t = g % token_tile;
     float decay = 1, beta = 0;
     if (t < count) {
-      decay = expf(gates_.log_decay<float, common>(p));
+      log_decay_ = gates_.log_decay<float, common>(p);
+      decay = expf(log_decay_);
       beta = gates_.beta<float, common>(p);
     }
     int column[2];  // token
@@ -218,11 +220,8 @@ class TokenColumns {
 
   static constexpr std::size_t norms_bytes = 128 * 2;
   __device__ void pass_norms(SharedNumbers numbers) { numbers.pass(key_norm[0]), numbers.pass(key_norm[1]); }
-  /// Of token g, or g % 4; for the warp that has fetched the gates.
-  template <bool common>
-  __device__ float log_decay(const FastParams& p) const {
-    return gates_.log_decay<float, common>(p);
-  }
+  /// Of token g, or g % 4; for the warp that has prepared the tokens.
+  __device__ float log_decay() const { return log_decay_; }
 
   /// From R (rows g and g + 8 of 16) to the corrections U; adds to the outputs, which are in the columns of queries.
   __device__ void solve(const float (&in)[2][2], float (&corrections)[4], float (&out)[4]) const {
@@ -270,6 +269,7 @@ class TokenColumns {
  private:
   Pair words_[blocks][runs][width / 2];
   GateInputs gates_;
+  float log_decay_ = 0;
   Pair solutions_[blocks][3];  ///< W, and Q W
   float decays_[2];            ///< exp(G_t - G_j) n_j for row t and the lane's columns j <= t
   float prefix_;               ///< exp(G_t) for row t
@@ -287,6 +287,7 @@ class TokenColumns<key_dim, 1, width> {
   __device__ static int value_of(int g) { return g == 0 || g == 2 ? 0 : -1; }
   __device__ static int query_of(int g) { return g == 1 ? 0 : -1; }
   __device__ Pair pair(int block, int i, int j) const { return words_[block][i][j]; }
+  __device__ const Pair (&run(int block, int i) const)[width / 2] { return words_[block][i]; }
 
   __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int, int g, int c) {
     fetch_column<width>(words_[0], p, g == 1, g < 4, n, 0u, h, c);
@@ -300,7 +301,8 @@ class TokenColumns<key_dim, 1, width> {
   __device__ void prepare(const FastParams& p, int, int, int c) {
     float products[2];
     multiply_columns(words_[0], nullptr, words_[0], products, nullptr);
-    decay_ = expf(gates_.log_decay<float, common>(p));
+    log_decay_ = gates_.log_decay<float, common>(p);
+    decay_ = expf(log_decay_);
     const float beta = gates_.beta<float, common>(p);
     key_norm_ = normalisation<common>(p, shuffle(products[0], 0));
     key_norm[0] = key_norm_, key_norm[1] = 0;
@@ -317,12 +319,13 @@ class TokenColumns<key_dim, 1, width> {
     numbers.pass(decay_), numbers.pass(key_norm_), numbers.pass(read_out_);
   }
 
-  static constexpr std::size_t norms_bytes = 128 * 2;
-  __device__ void pass_norms(SharedNumbers numbers) { numbers.pass(key_norm[0]), numbers.pass(key_norm[1]); }
-  template <bool common>
-  __device__ float log_decay(const FastParams& p) const {
-    return gates_.log_decay<float, common>(p);
+  /// The factors of a value and of S k in the correction, of S q and the correction in the output, and of the correction in an
+  /// entry. Lane 0 knows them.
+  static constexpr int factor_count = 5;
+  __device__ void store_factors(float* to) const {
+    to[0] = value_factor[0], to[1] = key_factor[0], to[2] = query_factor[1], to[3] = read_out_, to[4] = key_norm_;
   }
+  __device__ float log_decay() const { return log_decay_; }
 
   __device__ void solve(const float (&in)[2][2], float (&corrections)[4], float (&out)[4]) const {
 #pragma unroll
@@ -349,6 +352,7 @@ class TokenColumns<key_dim, 1, width> {
  private:
   Pair words_[blocks][runs][width / 2];
   GateInputs gates_;
+  float log_decay_ = 0;
   float decay_, key_norm_;
   float read_out_;  ///< factor of the correction in the output
 };

@@ -6,7 +6,7 @@
 namespace gatedelta::cuda {
 namespace {
 
-constexpr std::size_t shared_without_asking = 48 * 1024;
+constexpr std::size_t shared_without_asking = 47 * 1024;  // 48, with the kernels' own
 
 int parts_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
 
@@ -65,7 +65,7 @@ cudaError_t launch(const Launch& what, bool dependent, void* params, cudaStream_
 /// Cuts the call into blocks as the shape says.
 template <class P>
 cudaError_t launch_fast(const FastKernel& kernel, const Shape& shape, std::size_t warp_bytes, std::size_t block_bytes, P& p,
-                        std::int64_t rows, cudaStream_t stream) {
+                        std::int64_t rows, cudaStream_t stream, int block_heads = 1) {
   Launch what;
   what.function = kernel.function;
   what.threads = 32 * static_cast<unsigned>(shape.warps);
@@ -73,7 +73,8 @@ cudaError_t launch_fast(const FastKernel& kernel, const Shape& shape, std::size_
   const int tiles = std::max((shape.span + kernel.warp_rows - 1) / kernel.warp_rows, 1);
   p.span = static_cast<std::uint32_t>(tiles * kernel.warp_rows);
   const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * shape.warps;
-  what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows), static_cast<unsigned>(p.heads));
+  what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows),
+                   static_cast<unsigned>((p.heads + block_heads - 1) / block_heads));
   for (std::int64_t first = 0; first < rows; first += max_grid_yz) {
     p.first_row = static_cast<std::uint32_t>(first);
     what.grid.z = static_cast<unsigned>(std::min(rows - first, max_grid_yz));
@@ -109,10 +110,14 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
   ReplayParams<FastParams> p{};
   if (params.rows == 0 || plan.kernel != Kernel::replay || !narrow(params, p)) return launch_generic_replay(params, stream);
   p.window = params.window;
+  p.block_heads = static_cast<std::uint32_t>(plan.shape.heads);
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim);
   const auto groups = static_cast<std::size_t>((p.window.capacity + 15) / 16);
-  return launch_fast(kernel, plan.shape, kernel.bytes + groups * kernel.group_bytes,
-                     kernel.block_bytes + groups * kernel.block_group_bytes, p, params.rows, stream);
+  const std::size_t head_bytes =
+      kernel.head_bytes + groups * kernel.head_group_bytes + static_cast<std::size_t>(p.value_dim) * kernel.head_value_bytes;
+  p.head_bytes = static_cast<std::uint32_t>(head_bytes);
+  return launch_fast(kernel, plan.shape, kernel.bytes + groups * kernel.group_bytes, p.block_heads * head_bytes, p, params.rows,
+                     stream, plan.shape.heads);
 }
 
 }  // namespace gatedelta::cuda

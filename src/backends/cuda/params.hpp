@@ -77,6 +77,7 @@ template <class Call>
 struct ReplayParams : Call {
   WindowParams window;
   Tensor<std::int64_t, 2> parent;
+  std::uint32_t block_heads, head_bytes;  ///< the fast kernel: heads of a block, and what each has in its shared memory
 };
 
 /// Whether a tensor's elements along dimension `along` can be moved `width` at a time, in pieces of 16 bytes or all together if

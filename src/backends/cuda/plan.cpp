@@ -29,7 +29,7 @@ constexpr Choice serving_update_32_bit[] = {
 constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_read[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
-constexpr Choice replay_rows[] = {{512, {0, 4, 16}}, {1024, {0, 2, 32}}, {no_bound, {0, 2, 64}}};
+constexpr Choice replay_rows[] = {{128, {1, 4, 16}}, {512, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
 constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 
 template <std::size_t N>
@@ -65,6 +65,7 @@ int token_tile_of(const ForwardParams& p) { return p.tokens == 1 ? 1 : p.tokens 
 
 bool has_kernel(const Plan& plan, const Shape& shape) {
   if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4) || shape.span < 1) return false;
+  if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;
   const int rows = shape.rows_a_lane;
   return plan.kernel != Kernel::decode || plan.value_last || rows == 2 || rows == 4 || rows == 8;
 }
@@ -141,9 +142,11 @@ Plan make_plan(const ForwardParams& p) {
 Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
   Plan plan;
   const WindowParams& window = p.window;
-  if ((p.key_dim != 64 && p.key_dim != 128) || p.value_dim % 32 != 0 || p.heads > max_grid_yz || p.tokens < 1 || p.tokens > 8 ||
-      p.cu_seqlens.data != nullptr || p.parent.data != nullptr || !states_have_vectors(p, 1) || !has_serving_form(p, false) ||
-      window.keys.dtype != DType::bf16 || !has_vectors(window.keys, 3, 8) || !has_vectors(window.corrections, 3, 8))
+  // A block has all of v of its heads in shared memory.
+  if ((p.key_dim != 64 && p.key_dim != 128) || p.value_dim % 32 != 0 || p.value_dim > 512 || p.heads > max_grid_yz ||
+      p.tokens < 1 || p.tokens > 8 || p.cu_seqlens.data != nullptr || p.parent.data != nullptr || !states_have_vectors(p, 1) ||
+      !has_serving_form(p, false) || window.keys.dtype != DType::bf16 || !has_vectors(window.keys, 3, 8) ||
+      !has_vectors(window.corrections, 3, 8))
     return plan;
   plan.kernel = Kernel::replay;
   plan.token_tile = token_tile_of(p);

@@ -16,9 +16,12 @@ enum class Stores : std::uint8_t { none, last, each };
 
 /// How a fast kernel is cut into blocks.
 struct Shape {
-  int rows_a_lane = 0;  ///< decode, K-last: value rows of a lane
-  int warps = 0;        ///< of a block (verify: one)
-  int span = 0;         ///< value rows of a warp, rounded up to what it has at a time
+  union {
+    int rows_a_lane = 0;  ///< decode, K-last: value rows of a lane
+    int heads;            ///< replay: of a block, one after the other, no more than warps
+  };
+  int warps = 0;  ///< of a block (verify: one)
+  int span = 0;   ///< value rows of a warp, rounded up to what it has at a time
 };
 
 struct Plan {
@@ -70,8 +73,9 @@ struct FastKernel {
   // Shared memory of a warp: in any case, for each part of keys and queries, and where states after each token are stored.
   std::size_t bytes = 0, part_bytes = 0, each_bytes = 0;
   std::size_t block_bytes = 0;  ///< of a block beside its warps
-  // For each 16 entries of a window: of a warp, and of a block.
-  std::size_t group_bytes = 0, block_group_bytes = 0;
+  std::size_t group_bytes = 0;  ///< of a warp, for each 16 entries of a window
+  // Replay, for each head of a block: in any case, for each 16 entries, for each value row.
+  std::size_t head_bytes = 0, head_group_bytes = 0, head_value_bytes = 0;
 };
 // The device code, by state dtype.
 template <DType state>

@@ -12,40 +12,70 @@ constexpr int window_words = 2 * max_window / 32;
 struct RecordRow {
   std::int32_t length = 0, places[window_words] = {};
 
-  /// False after a fault, which is recorded.
+  /// The loads alone, which the following may overtake.
   template <class P>
-  __device__ bool fetch(const P& p, std::int64_t slot, unsigned row, int lane) {
-    const int ring = p.window.ring;
-    length = static_cast<std::int32_t>(index_at(p.window.length, slot));
-    if (length < 0 || length > p.window.capacity) {
-      record(p.fault, FaultKind::length, row, length, p.window.capacity);
-      return false;
-    }
-    bool good = true;
+  __device__ void load(const P& p, std::int64_t slot, int lane) {
+    const auto* const order = static_cast<const std::int32_t*>(p.window.order.data) + offset_of(p.window.order, slot);
+    length = static_cast<const std::int32_t*>(p.window.length.data)[offset_of(p.window.length, slot)];
 #pragma unroll
     for (int i = 0; i < window_words; ++i) {
-      const int entry = 32 * i + lane;
-      if (32 * i >= ring) continue;
-      if (entry < ring) places[i] = static_cast<std::int32_t>(index_at(p.window.order, slot, entry));
-      const bool bad = entry < ring && (places[i] < 0 || places[i] >= ring);
-      if (bad) record(p.fault, FaultKind::order, row, places[i], ring - 1);
-      good = good && !bad;
+      if (32 * i >= p.window.ring) break;
+      if (32 * i + lane < p.window.ring) places[i] = order[product(32 * i + lane, p.window.order.strides[1])];
     }
-    // Each place once: as many bits as there are places.
-    __syncwarp();
+  }
+  /// False if the length is none, or a place is outside the ring; recorded where `records`. For a whole warp, like the rest.
+  template <class P>
+  __device__ bool is_in_range(const P& p, unsigned row, int lane, bool records) const {
+    const int ring = p.window.ring;
+    const bool has_length = length >= 0 && length <= p.window.capacity;
+    bool good = has_length;
+    std::int32_t bad = 0;
+#pragma unroll
+    for (int i = 0; i < window_words; ++i) {
+      if (32 * i >= ring) break;
+      if (32 * i + lane < ring && (places[i] < 0 || places[i] >= ring)) good = false, bad = places[i];
+    }
+    if (records && !good)
+      has_length ? cuda::record(p.fault, FaultKind::order, row, bad, ring - 1)
+                 : cuda::record(p.fault, FaultKind::length, row, length, p.window.capacity);
+    return __all_sync(0xffffffffu, good);
+  }
+  /// Where an entry lies.
+  __device__ int place_of(int entry, int ring) const {
+    int place = __shfl_sync(0xffffffffu, places[0], entry % 32);
+#pragma unroll
+    for (int i = 1; i < window_words; ++i) {
+      if (32 * i >= ring) break;
+      if (const int found = __shfl_sync(0xffffffffu, places[i], entry % 32); entry / 32 == i) place = found;
+    }
+    return place;
+  }
+  /// Whether each place of a record that is in range is there once.
+  template <class P>
+  __device__ bool is_permutation(const P& p, unsigned row, int lane, bool records) const {
+    const int ring = p.window.ring;
+    // As many bits as there are places.
     int count = 0;
 #pragma unroll
     for (int word = 0; word < window_words; ++word) {
-      if (32 * word >= ring) continue;
+      if (32 * word >= ring) break;
       unsigned bits = 0;
 #pragma unroll
-      for (int i = 0; i < window_words; ++i)
+      for (int i = 0; i < window_words; ++i) {
+        if (32 * i >= ring) break;
         if (32 * i + lane < ring && places[i] / 32 == word) bits |= 1u << places[i] % 32;
+      }
       count += __popc(__reduce_or_sync(0xffffffffu, bits));
     }
-    good = __all_sync(0xffffffffu, good);
-    if (good && count != ring) record(p.fault, FaultKind::order, row, count, ring - 1);
-    return good && count == ring;
+    if (count != ring && records) cuda::record(p.fault, FaultKind::order, row, count, ring - 1);
+    return count == ring;
+  }
+
+  /// All of this. False after a fault, which is recorded.
+  template <class P>
+  __device__ bool fetch(const P& p, std::int64_t slot, unsigned row, int lane) {
+    load(p, slot, lane);
+    return is_in_range(p, row, lane, true) && is_permutation(p, row, lane, true);
   }
 };
 

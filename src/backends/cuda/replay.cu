@@ -10,14 +10,15 @@ namespace {
 template <int key_dim, int token_tile, bool common>
 FastKernel describe() {
   void (*const kernel)(ReplayParams<FastParams>) = replay_kernel<State, key_dim, token_tile, common>;
-  using Unit = StateUnit<State, key_dim, false>;
-  using Tokens = TokenColumns<key_dim, token_tile, Unit::width>;
+  using Rows = StateRows<State, key_dim>;
+  using Notes = HeadNotes<TokenColumns<key_dim, token_tile, 8>, key_dim, token_tile>;
   return {.function = reinterpret_cast<const void*>(kernel),
-          .warp_rows = Unit::rows,
-          .bytes = replay_stages * replay_stage_bytes<Unit>,
-          .block_bytes = Tokens::shared_bytes + Tokens::norms_bytes,
+          .warp_rows = Rows::rows,
+          .bytes = replay_stages * Rows::bytes,
           .group_bytes = replay_stages * group_stage_bytes,
-          .block_group_bytes = group_mix_bytes<Tokens>};
+          .head_bytes = Notes::mixes_at,
+          .head_group_bytes = Notes::group_bytes,
+          .head_value_bytes = Notes::value_bytes};
 }
 
 template <int key_dim, bool common>

@@ -3,362 +3,547 @@
 
 #include "backends/cuda/coefficients.cuh"
 #include "backends/cuda/record.cuh"
-#include "backends/cuda/state_unit.cuh"
+#include "backends/cuda/state_rows.cuh"
 
 // The serving form (see serving.cuh) with a replay window of bfloat16 entries. With the P entries (k_j, u_j), whose decays up
 // to the last one are gamma_j (gamma: that of the checkpoint S), the state that the tokens meet is
 //
 //     gamma S + sum_j gamma_j u_j k_j^T      and so      D = gamma S [k q] + U M      with M_j = gamma_j k_j [k q]
 //
-// in place of S [k q]. Keys of entries are rows of products like value rows, so M comes out of the same fragments; one warp of
-// a block makes it, as a sum of three bfloat16 numbers. The state is stored only where the window is full: that sum, which is
-// one product more for each key.
+// in place of S [k q]. The state is stored only where the window is full: that sum, which is one product more for each key.
+//
+// A block has some heads of one row, and what a row has to look up before it can begin, one load after the other, is looked up
+// once for all of them. States stream through the rings of the warps from head to head. While the first ones are on their way,
+// each warp works out for one head what does not depend on the value row: M as a sum of three bfloat16 numbers, and what the
+// tokens are to each other.
 namespace gatedelta::cuda {
 
 constexpr int group_entries = 16;  ///< entries that a product takes at a time
 constexpr int replay_stages = 2;
 constexpr int replay_max_warps = 4;
-/// Of a unit's corrections, for each group.
+/// Of 16 value rows of the corrections of a group.
 constexpr int group_stage_bytes = group_entries * 16 * 2;
 
-template <class Tokens>
-constexpr int group_mix_bytes = Tokens::blocks * 3 * 2 * 32 * 4;
-template <class Unit>
-constexpr int replay_stage_bytes = static_cast<int>(Unit::bytes) + Unit::halves * 32 * 4;
+/// What the warps of a block know of one head, in shared memory: written by one of them. The tokens' keys and queries are rows
+/// of a matrix; between rows there is a gap, so that 8 of them can be read at a time.
+template <class Tokens, int key_dim, int token_tile>
+struct HeadNotes {
+  static constexpr int row_pitch = key_dim / 2 + 4, rows = token_tile == 1 ? 2 : 2 * token_tile;
+  static constexpr int decays_at = rows * row_pitch * 4, decay_count = max_window + 32;
+  static constexpr int numbers_at = decays_at + decay_count * 4;
+  static constexpr int mixes_at = numbers_at + [] {
+    if constexpr (token_tile == 1)
+      return 32;
+    else
+      return static_cast<int>(Tokens::shared_bytes + Tokens::norms_bytes);
+  }();
+  static constexpr int group_bytes = Tokens::blocks * 3 * 2 * 32 * 4;
+  static constexpr int value_bytes = 2 * token_tile;  ///< for each of V
 
-template <class Unit, int token_tile, bool common>
+  char* memory;
+  int lane;
+
+  __device__ Pair* row(int row) const { return reinterpret_cast<Pair*>(memory) + row * row_pitch; }
+  /// gamma_j, and behind them gamma for each lane.
+  __device__ float* decays() const { return reinterpret_cast<float*>(memory + decays_at); }
+  __device__ float* numbers() const { return reinterpret_cast<float*>(memory + numbers_at); }
+  __device__ void pass(Tokens& tokens, bool gives) const {
+    tokens.pass({memory + numbers_at, lane, gives});
+    tokens.pass_norms({memory + numbers_at + Tokens::shared_bytes, lane, gives});
+  }
+  /// The lane's part of M.
+  __device__ Pair& mix(int group, int block, int part, int half) const {
+    return reinterpret_cast<Pair*>(memory + mixes_at)[(((group * Tokens::blocks + block) * 3 + part) * 2 + half) * 32 + lane];
+  }
+  /// v, token by token.
+  __device__ std::uint16_t* values(int groups) const {
+    return reinterpret_cast<std::uint16_t*>(memory + mixes_at + groups * group_bytes);
+  }
+};
+
+/// A row, as each warp of its block knows it.
+struct ReplayRow {
+  unsigned n;
+  std::int32_t slot;
+  RecordRow record;
+
+  template <class P>
+  __device__ std::uint16_t* keys(const P& p, unsigned h) const {
+    return static_cast<std::uint16_t*>(p.window.keys.data) +
+           offset_of(p.window.keys, static_cast<unsigned>(slot), head_of(h, p.k_group));
+  }
+  template <class P>
+  __device__ float* decays(const P& p, unsigned h) const {
+    return static_cast<float*>(p.window.decays.data) + offset_of(p.window.decays, static_cast<unsigned>(slot), h);
+  }
+};
+
+/// One warp's work for a head: what the entries of the window are to its tokens.
+template <class Tokens, class Notes>
+__device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h,
+                                                const Tokens& tokens, const Notes& notes) {
+  constexpr int runs = Tokens::runs;
+  const int lane = notes.lane, g = lane / 4, c = lane % 4;
+  const WindowParams& window = p.window;
+  const int P = row.record.length, used = (P + group_entries - 1) / group_entries;
+  const auto key_stride = static_cast<int>(window.keys.strides[2]);
+  const std::uint16_t* const keys = row.keys(p, h) + 8 * c;
+  const float* const decays = row.decays(p, h);
+  const auto decay_stride = static_cast<int>(window.decays.strides[2]);
+
+  // A lane has the decays behind the entries lane and lane + 32.
+  float log_decays[2] = {};
+#pragma unroll
+  for (int word = 0; word < 2; ++word)
+    if (32 * word + lane < P) log_decays[word] = decays[product(row.record.places[word], decay_stride)];
+  // Keys as rows of 16 entries, a lane's 8 at a time.
+  uint4 entry_keys[2][runs] = {};
+  const auto fetch_keys = [&](int group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int entry = group * group_entries + 8 * half + g, place = row.record.place_of(entry, window.ring);
+#pragma unroll
+      for (int i = 0; i < runs; ++i) {
+        entry_keys[half][i] = uint4{};
+        if (entry < P) entry_keys[half][i] = *reinterpret_cast<const uint4*>(keys + place * key_stride + 32 * i);
+      }
+    }
+  };
+  if (used > 0) fetch_keys(0);
+
+  float checkpoint_decay = 1;
+#pragma unroll
+  for (int word = 1; word >= 0; --word) {
+    float gamma = 1;
+    if (32 * word < P) {
+      float product = expf(log_decays[word]);
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const float behind = __shfl_down_sync(0xffffffffu, product, distance);
+        if (lane + distance < 32) product *= behind;
+      }
+      product *= checkpoint_decay;  // of the other word
+      const float next = __shfl_down_sync(0xffffffffu, product, 1);
+      gamma = lane < 31 ? next : checkpoint_decay;
+      checkpoint_decay = shuffle(product, 0);
+    }
+    notes.decays()[32 * word + lane] = gamma;
+  }
+  notes.decays()[max_window + lane] = checkpoint_decay;
+  __syncwarp();
+
+#pragma unroll 1
+  for (int group = 0; group < used; ++group) {
+    if (group > 0) fetch_keys(group);
+    float products[2][Tokens::blocks][4] = {};
+#pragma unroll
+    for (int i = 0; i < runs; ++i) {
+      const uint4 &low = entry_keys[0][i], &high = entry_keys[1][i];
+#pragma unroll
+      for (int block = 0; block < Tokens::blocks; ++block) {
+        multiply_add(products[0][block], low.x, high.x, low.y, high.y, tokens.pair(block, i, 0), tokens.pair(block, i, 1));
+        multiply_add(products[1][block], low.z, high.z, low.w, high.w, tokens.pair(block, i, 2), tokens.pair(block, i, 3));
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float decay = notes.decays()[group * group_entries + 8 * half + g];
+#pragma unroll
+      for (int block = 0; block < Tokens::blocks; ++block) {
+        float low = decay * (products[0][block][2 * half] + products[1][block][2 * half]);
+        float high = decay * (products[0][block][2 * half + 1] + products[1][block][2 * half + 1]);
+#pragma unroll
+        for (int part = 0; part < 3; ++part) notes.mix(group, block, part, half) = transposed(take_upper(low, high));
+      }
+    }
+  }
+}
+
+/// And another's: what the tokens are to each other.
+template <int token_tile, bool common, class Tokens, class Notes>
+__device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p, Tokens& tokens, const Notes& notes) {
+  const int lane = notes.lane, g = lane / 4, c = lane % 4;
+#pragma unroll
+  for (int block = 0; block < Tokens::blocks; ++block)
+    if (token_tile > 1 || g < 2)
+#pragma unroll
+      for (int i = 0; i < Tokens::runs; ++i)
+        *reinterpret_cast<uint4*>(notes.row(8 * block + g) + 4 * c + 16 * i) =
+            *reinterpret_cast<const uint4*>(tokens.run(block, i));
+  tokens.template prepare<common>(p, static_cast<int>(p.tokens), g, c);
+  if constexpr (token_tile == 1) {
+    if (lane == 0) tokens.store_factors(notes.numbers());
+  } else {
+    notes.pass(tokens, true);
+  }
+}
+
+/// The entry of token g but for its correction, at `place`.
+template <class Tokens>
+__device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h,
+                                            const Tokens& tokens, int place, int g, int c) {
+  if (g >= static_cast<int>(p.tokens)) return;
+  if (head_of(h, p.k_group) * p.k_group.count == h) {
+    std::uint16_t* const keys = row.keys(p, h) + place * static_cast<int>(p.window.keys.strides[2]) + 8 * c;
+#pragma unroll
+    for (int i = 0; i < Tokens::runs; ++i)
+      *reinterpret_cast<uint4*>(keys + 32 * i) = *reinterpret_cast<const uint4*>(tokens.run(0, i));
+  }
+  if (c == 0) row.decays(p, h)[product(place, static_cast<int>(p.window.decays.strides[2]))] = tokens.log_decay();
+}
+
+template <class Rows, int token_tile, bool common>
 constexpr int replay_blocks() {
-  constexpr int memory =
-      227 * 1024 / (replay_max_warps * replay_stages * (replay_stage_bytes<Unit> + group_stage_bytes) + 4096);
-  constexpr int fragments = TokenColumns<Unit::keys, token_tile, Unit::width>::blocks * Unit::keys / 8;
-  constexpr int others = (token_tile <= 4 ? 84 : 104) + (Unit::pair_words == 2 ? 16 : 0) + (common ? 0 : 16);
-  constexpr int registers = 65536 / (32 * replay_max_warps * (fragments + others));
-  return memory < registers ? memory : registers;
+  constexpr int blocks = TokenColumns<Rows::keys, token_tile, 8>::blocks;
+  constexpr int registers = blocks * Rows::keys / 8 +
+                            (token_tile == 1   ? 88
+                             : token_tile == 4 ? 96
+                                               : 120) +
+                            (Rows::parts > 1 ? 16 : 0) + (common ? 0 : 8);
+  return 65536 / (32 * replay_max_warps * registers);
 }
 
 template <class State, int key_dim, int token_tile, bool common>
-__global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateUnit<State, key_dim, false>, token_tile, common>())
+__global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows<State, key_dim>, token_tile, common>())
     replay_kernel(const __grid_constant__ ReplayParams<FastParams> p) {
-  using Unit = StateUnit<State, key_dim, false>;
-  using Tokens = TokenColumns<key_dim, token_tile, Unit::width>;
-  constexpr int pairs = Unit::width / 2, halves = Unit::halves, runs = Unit::runs, parts = state_parts_of<State>;
-  constexpr int stages = replay_stages;
-  const auto warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  using Rows = StateRows<State, key_dim>;
+  using Tokens = TokenColumns<key_dim, token_tile, 8>;
+  using Notes = HeadNotes<Tokens, key_dim, token_tile>;
+  constexpr int blocks = Tokens::blocks, parts = Rows::parts, stages = replay_stages;
+  const int warp = static_cast<int>(threadIdx.x / 32), warps = static_cast<int>(blockDim.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
-  const unsigned n = p.first_row + blockIdx.z, h = blockIdx.y;
-  const int span_begin = static_cast<int>((blockIdx.x * warps + warp) * p.span);
+  const unsigned n = p.first_row + blockIdx.z, first_head = blockIdx.y * p.block_heads;
+  const unsigned end_head = min(first_head + p.block_heads, static_cast<unsigned>(p.heads));
+  const int span_begin = (static_cast<int>(blockIdx.x) * warps + warp) * static_cast<int>(p.span);
   const int span_end = min(span_begin + static_cast<int>(p.span), p.value_dim), count = static_cast<int>(p.tokens);
   const WindowParams& window = p.window;
   const int groups = (window.capacity + group_entries - 1) / group_entries;
   cudaTriggerProgrammaticLaunchCompletion();
   if (p.dependent) cudaGridDependencySynchronize();
 
-  extern __shared__ uint4 shared[];
-  const int stage_bytes = replay_stage_bytes<Unit> + groups * group_stage_bytes;
-  const unsigned mixes_at = Tokens::shared_bytes + Tokens::norms_bytes, mix_bytes = groups * group_mix_bytes<Tokens>;
-  char* const memory = shared_address(shared, mixes_at + mix_bytes + warp * (stages * stage_bytes));
-  const auto unit_at = [&](int stage) { return Unit(memory + stage * stage_bytes, static_cast<unsigned>(lane), p.value_dim); };
-  const auto state_at = [&](std::int32_t slot, int first_value) {
-    return static_cast<State*>(p.state_write.data) + offset_of(p.state_write, static_cast<unsigned>(slot), h) +
-           Unit::offset(first_value);
-  };
-  const auto store_output = [&](int t, int value, Pair pair) {
-    auto* const to = static_cast<std::uint16_t*>(p.o.data) + offset_of(p.o, n, static_cast<unsigned>(t), h) + value + 2 * c;
-    *reinterpret_cast<std::uint32_t*>(to) = pair;
-  };
+  extern __shared__ __align__(256) uint4 shared[];
+  const int stage_bytes = Rows::bytes + groups * group_stage_bytes;
+  const std::uint32_t memory = shared_offset(shared) + static_cast<std::uint32_t>(warp * stages * stage_bytes);
+  const std::uint32_t notes_memory = shared_offset(shared) + static_cast<std::uint32_t>(warps * stages * stage_bytes);
+  const auto notes_of = [&](unsigned h) -> Notes { return {at_shared(notes_memory + (h - first_head) * p.head_bytes), lane}; };
+
+  // Each head is the work of two warps if there are enough: one of the last ones has the tokens, one of the first ones the
+  // entries.
+  const int with_tokens = warp - max(warps - static_cast<int>(p.block_heads), 0),
+            heads = static_cast<int>(end_head - first_head);
+  const bool has_tokens = with_tokens >= 0 && with_tokens < heads;
+  const unsigned tokens_head = first_head + static_cast<unsigned>(with_tokens);
 
   RowSlots<true> slots;
   slots.fetch(p, n, static_cast<unsigned>(lane));
   Tokens tokens;
-  tokens.fetch(p, n, h, count, g, c);
-  if (warp == 0) tokens.template fetch_gates<common>(p, n, h, count, g);
+  if (has_tokens || warp < heads) tokens.fetch(p, n, has_tokens ? tokens_head : first_head + warp, count, g, c);
+  if (has_tokens) {
+    tokens.template fetch_gates<common>(p, n, tokens_head, count, g);
+    auto* const to = reinterpret_cast<Pair*>(notes_of(tokens_head).values(groups));
+#pragma unroll 1
+    for (int t = 0; t < count; ++t) {
+      const auto* const v =
+          reinterpret_cast<const Pair*>(static_cast<const std::uint16_t*>(p.v.data) +
+                                        offset_of(p.v, n, static_cast<unsigned>(t), head_of(tokens_head, p.v_group)));
+      for (int i = lane; i < p.value_dim / 2; i += 32)
+        __pipeline_memcpy_async(to + t * (p.value_dim / 2) + i, v + i, sizeof(Pair));
+    }
+  }
   slots.resolve(p, n);
-  const std::int32_t slot = slots.source;
-  const auto fetch_state = [&](int stage, int first_value) {
-    if (first_value < span_end) unit_at(stage).fetch(state_at(slot, first_value), span_end - first_value);
-  };
-  RecordRow known;
-  bool good = slot >= 0;
-  if (good) {
-#pragma unroll
-    for (int stage = 0; stage < stages; ++stage) fetch_state(stage, span_begin + stage * Unit::rows);
-    good = known.fetch(p, slot, n, lane);
-  }
-  if (!good) {
-    __pipeline_commit();
-    __pipeline_wait_prior(0);
-    for (int value = span_begin; value < span_end; value += 8)
-      if (g < count) store_output(g, value, 0);
-    return;
-  }
+  ReplayRow row{n, slots.source, {}};
+  const auto slot = static_cast<unsigned>(row.slot);
 
-  const int P = known.length, used = (P + group_entries - 1) / group_entries;
-  const auto place_of = [&](int entry) {
-    return static_cast<unsigned>(
-        static_cast<const std::int32_t*>(window.order.data)[offset_of(window.order, static_cast<unsigned>(slot), entry)]);
+  // What is fetched next, of all heads. States do not wait for the record, corrections do.
+  struct Position {
+    unsigned h;
+    int first_value;
+    const State* state;
   };
-  auto* const keys = static_cast<std::uint16_t*>(window.keys.data) +
-                     offset_of(window.keys, static_cast<unsigned>(slot), head_of(h, p.k_group));
-  auto* const corrections =
-      static_cast<std::uint16_t*>(window.corrections.data) + offset_of(window.corrections, static_cast<unsigned>(slot), h);
-  const auto key_stride = static_cast<int>(window.keys.strides[2]),
-             correction_stride = static_cast<int>(window.corrections.strides[2]);
-  const auto v_word = [&](int stage, int half) {
-    return reinterpret_cast<Pair*>(memory + stage * stage_bytes + Unit::bytes) + half * 32 + lane;
+  const auto advance = [&](Position& at) {
+    at.first_value += Rows::rows;
+    at.state += Rows::rows * key_dim;
+    if (at.first_value < span_end) return;
+    at.state += p.state_write.strides[1] - (at.first_value - span_begin) * key_dim;
+    at.first_value = span_begin;
+    ++at.h;
   };
+  Position next{span_begin < span_end ? first_head : end_head, span_begin, nullptr};
+  bool good = row.slot >= 0;
+  if (good) {
+    row.record.load(p, row.slot, lane);
+    next.state = static_cast<const State*>(p.state_write.data) + offset_of(p.state_write, slot, first_head) +
+                 span_begin * key_dim + Rows::lane_offset(lane);
+    Position ahead = next;
+    for (int stage = 0; stage < stages && ahead.h < end_head; ++stage) {
+      Rows(memory + stage * stage_bytes, lane).fetch(ahead.state);
+      advance(ahead);
+    }
+    if (has_tokens) prepare_tokens<token_tile, common>(p, tokens, notes_of(tokens_head));
+    good = row.record.is_in_range(p, n, lane, warp == 0);
+  }
+  const int P = good ? row.record.length : 0, used = (P + group_entries - 1) / group_entries;
+  auto* const corrections = static_cast<std::uint16_t*>(window.corrections.data) + offset_of(window.corrections, slot);
+  const auto correction_stride = static_cast<int>(window.corrections.strides[2]);
   const auto corrections_at = [&](int stage, int group) {
-    return memory + stage * stage_bytes + replay_stage_bytes<Unit> + group * group_stage_bytes;
+    return at_shared(memory + stage * stage_bytes + Rows::bytes + group * group_stage_bytes);
   };
+  // Beyond the first group, which is all that there is in short windows: not worth the registers.
+  const auto place_of = [&](int entry) {
+    return static_cast<const std::int32_t*>(window.order.data)[offset_of(window.order, slot, entry)];
+  };
+  const std::uint16_t* const first_corrections =
+      corrections + row.record.place_of(lane / 2, window.ring) * correction_stride + lane % 2 * 8;
+  const auto fetch_corrections = [&](int stage, const Position& at) {
+    const std::int64_t along = product(at.h, window.corrections.strides[1]) + at.first_value;
+    if (lane / 2 < P)
+      __pipeline_memcpy_async(reinterpret_cast<uint4*>(corrections_at(stage, 0)) + lane, first_corrections + along, 16);
+#pragma unroll 1
+    for (int group = 1; group < used; ++group)
+      if (const int entry = group * group_entries + lane / 2; entry < P)
+        __pipeline_memcpy_async(reinterpret_cast<uint4*>(corrections_at(stage, group)) + lane,
+                                corrections + along + place_of(entry) * correction_stride + lane % 2 * 8, 16);
+  };
+  if (good) {
+    // Corrections of entries that there are not are zero, and stay so.
+    for (int stage = 0; stage < stages; ++stage)
+      for (int group = 0; group < used; ++group)
+        if (group * group_entries + lane / 2 >= P) reinterpret_cast<uint4*>(corrections_at(stage, group))[lane] = uint4{};
+    for (int stage = 0; stage < stages; ++stage) {
+      if (next.h < end_head) {
+        fetch_corrections(stage, next);
+        advance(next);
+      }
+      __pipeline_commit();
+    }
+    good = row.record.is_permutation(p, n, lane, warp == 0);
+    if (good && has_tokens && blockIdx.x == 0)
+      store_entry(p, row, tokens_head, tokens, row.record.place_of(P + g, window.ring), g, c);
+    if (warp < heads) {
+      const unsigned h = first_head + static_cast<unsigned>(warp);
+      if (has_tokens && tokens_head != h) tokens.fetch(p, n, h, count, g, c);
+      prepare_entries(p, row, h, tokens, notes_of(h));
+    }
+  }
+  __pipeline_wait_prior(stages - 1);  // v
+  __syncthreads();
+
+  const int new_place = row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring);
+  const bool folds = P + count > window.capacity;
+  const int o_token = Tokens::query_of(g);
+  const bool has_o = token_tile == 1 || (o_token >= 0 && o_token < count);
   const int v_token = Tokens::value_of(g);
   const bool has_v = v_token >= 0 && v_token < count;
-  // The lane's part of the first group's corrections, which are all that there are in short windows.
-  const std::uint16_t* const first_corrections =
-      lane / 2 < P ? corrections + place_of(lane / 2) * correction_stride + lane % 2 * 8 : nullptr;
-  const auto fetch_values = [&](int stage, int first_value) {
-    if (first_value < span_end) {
-      if (has_v) {
-        const auto* const v = static_cast<const std::uint16_t*>(p.v.data) +
-                              offset_of(p.v, n, static_cast<unsigned>(v_token), head_of(h, p.v_group)) + first_value + 2 * c;
-#pragma unroll
-        for (int half = 0; half < halves; ++half) __pipeline_memcpy_async(v_word(stage, half), v + 8 * half, sizeof(Pair));
-      }
-#pragma unroll 1
-      for (int group = 0; group < used; ++group) {
-        const int entry = group * group_entries + lane / 2;
-        auto* const to = reinterpret_cast<uint4*>(corrections_at(stage, group)) + lane;
-        const std::uint16_t* from = first_corrections;
-        if (group > 0) from = entry < P ? corrections + place_of(entry) * correction_stride + lane % 2 * 8 : nullptr;
-        if (from != nullptr)
-          __pipeline_memcpy_async(to, from + first_value, 16);
-        else
-          *to = uint4{};
-      }
-    }
-    __pipeline_commit();
-  };
-#pragma unroll
-  for (int stage = 0; stage < stages; ++stage) fetch_values(stage, span_begin + stage * Unit::rows);
-
-  // A lane has the decays behind the entries lane and lane + 32.
-  float gamma[2], checkpoint_decay = 1;
-#pragma unroll
-  for (int word = 1; word >= 0; --word) {
-    const int entry = 32 * word + lane;
-    float product = 1;
-    gamma[word] = 1;
-    if (32 * word >= P) continue;
-    if (entry < P)
-      product = expf(static_cast<const float*>(
-          window.decays.data)[offset_of(window.decays, static_cast<unsigned>(slot), h, place_of(entry))]);
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const float behind = __shfl_down_sync(0xffffffffu, product, distance);
-      if (lane + distance < 32) product *= behind;
-    }
-    product *= checkpoint_decay;  // of the other word
-    const float next = __shfl_down_sync(0xffffffffu, product, 1);
-    gamma[word] = lane < 31 ? next : checkpoint_decay;
-    checkpoint_decay = shuffle(product, 0);
-  }
-  const auto gamma_of = [&](int group, int entry) {
-    return shuffle(group < 2 ? gamma[0] : gamma[1], group % 2 * group_entries + entry);
-  };
-  // Keys of an entry as a lane has those of a value row; zeros where there is none.
-  const auto keys_of = [&](int entry) -> const std::uint16_t* {
-    return entry < P ? keys + place_of(entry) * key_stride + Unit::width * c : nullptr;
-  };
-  const auto load_keys = [&](Pair(&words)[pairs], const std::uint16_t* from, int i) {
-#pragma unroll
-    for (Pair& word : words) word = 0;
-    if (from == nullptr) return;
-    if constexpr (pairs == 4) {
-      const uint4 vector = *reinterpret_cast<const uint4*>(from + 4 * Unit::width * i);
-      words[0] = vector.x, words[1] = vector.y, words[2] = vector.z, words[3] = vector.w;
-    } else {
-      const uint2 vector = *reinterpret_cast<const uint2*>(from + 4 * Unit::width * i);
-      words[0] = vector.x, words[1] = vector.y;
-    }
-  };
-  auto* const mixes = reinterpret_cast<Pair*>(reinterpret_cast<char*>(shared) + mixes_at) + lane;
-  const auto mix = [&](int group, int block, int part, int half) -> Pair& {
-    return mixes[(((group * Tokens::blocks + block) * 3 + part) * 2 + half) * 32];
-  };
-  if (warp == warps - 1) {
-#pragma unroll 1
-    for (int group = 0; group < used; ++group) {
-      float products[Tokens::blocks][4] = {};
-      const std::uint16_t* const from[2] = {keys_of(group * group_entries + g), keys_of(group * group_entries + 8 + g)};
-#pragma unroll
-      for (int i = 0; i < runs; ++i) {
-        Pair rows[2][pairs];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) load_keys(rows[half], from[half], i);
-#pragma unroll
-        for (int j = 0; j < pairs; j += 2)
-#pragma unroll
-          for (int block = 0; block < Tokens::blocks; ++block)
-            multiply_add(products[block], rows[0][j], rows[1][j], rows[0][j + 1], rows[1][j + 1], tokens.pair(block, i, j),
-                         tokens.pair(block, i, j + 1));
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float decay = gamma_of(group, 8 * half + g);
-#pragma unroll
-        for (int block = 0; block < Tokens::blocks; ++block) {
-          float low = decay * products[block][2 * half], high = decay * products[block][2 * half + 1];
-#pragma unroll
-          for (int part = 0; part < 3; ++part) mix(group, block, part, half) = transposed(take_upper(low, high));
-        }
-      }
-    }
-  }
-  const int new_place = g < count ? static_cast<int>(place_of(P + g)) : 0;
-  if (warp == 0) {
-    tokens.template prepare<common>(p, count, g, c);
-    if (blockIdx.x == 0 && g < count) {
-      if (head_of(h, p.k_group) * p.k_group.count == h)
-#pragma unroll
-        for (int i = 0; i < runs; ++i)
-#pragma unroll
-          for (int j = 0; j < pairs; ++j)
-            *reinterpret_cast<Pair*>(keys + new_place * key_stride + Unit::width * (c + 4 * i) + 2 * j) = tokens.pair(0, i, j);
-      if (c == 0)
-        static_cast<float*>(window.decays.data)[offset_of(window.decays, static_cast<unsigned>(slot), h, new_place)] =
-            tokens.template log_decay<common>(p);
-    }
-    tokens.pass({shared, lane, true});
-    tokens.pass_norms({reinterpret_cast<char*>(shared) + Tokens::shared_bytes, lane, true});
-  }
-  __syncthreads();
-  if (warp != 0) {
-    tokens.pass({shared, lane, false});
-    tokens.pass_norms({reinterpret_cast<char*>(shared) + Tokens::shared_bytes, lane, false});
-  }
-
-  const bool folds = P + count > window.capacity;
-  const auto load_corrections = [&](std::uint32_t(&words)[4], int stage, int group) {
-    load_transposed(words, corrections_at(stage, group) + ((lane / 16 * 8 + lane % 8) * 2 + lane / 8 % 2) * 16);
-  };
   int stage = 0;
 #pragma unroll 1
-  for (int first_value = span_begin; first_value < span_end; first_value += Unit::rows) {
-    const Unit unit = unit_at(stage);
-    __pipeline_wait_prior(stages - 1);
-    __syncwarp();
-    constexpr int chains = token_tile < 8 ? 2 : 1;
-    float products[chains][Tokens::blocks][4] = {};
-#pragma unroll
-    for (int i = 0; i < runs; ++i) {
-      std::uint32_t state[halves][4];
-#pragma unroll
-      for (int half = 0; half < halves; ++half) unit.load(state[half], 0, half, i);
-#pragma unroll
-      for (int j = 0; j < pairs; j += 2) {
-        Pair a[parts][2][2] = {};
-#pragma unroll
-        for (int half = 0; half < halves; ++half)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) Unit::split(state[half], j + e, [&](int part) -> Pair& { return a[part][e][half]; });
-#pragma unroll
-        for (int block = 0; block < Tokens::blocks; ++block)
-#pragma unroll
-          for (int part = 0; part < parts; ++part)
-            multiply_add(products[(i * pairs / 2 + j / 2) % chains][block], a[part][0][0], a[part][0][1], a[part][1][0],
-                         a[part][1][1], tokens.pair(block, i, j), tokens.pair(block, i, j + 1));
-      }
+  for (unsigned h = first_head; h < end_head; ++h) {
+    std::uint16_t* o = static_cast<std::uint16_t*>(p.o.data);
+    if (has_o) o += offset_of(p.o, n, static_cast<unsigned>(token_tile == 1 ? 0 : o_token), h);
+    if (!good) {
+      if (has_o)
+        for (int value = span_begin + 2 * c + 8 * (token_tile == 1 ? g : 0); value < span_end;
+             value += token_tile == 1 ? 64 : 8)
+          *reinterpret_cast<Pair*>(o + value) = 0;
+      continue;
     }
-    float mixed[Tokens::blocks][4] = {};
-#pragma unroll 1
-    for (int group = 0; group < used; ++group) {
-      std::uint32_t a[4];
-      load_corrections(a, stage, group);
+    std::uint16_t* new_corrections = corrections + product(h, window.corrections.strides[1]) + new_place * correction_stride;
+    const Notes notes = notes_of(h);
+    Pair columns[blocks][Rows::steps][2];
 #pragma unroll
-      for (int block = 0; block < Tokens::blocks; ++block)
+    for (int block = 0; block < blocks; ++block)
+#pragma unroll
+      for (int m = 0; m < Rows::steps; ++m)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          columns[block][m][j] = notes.row(token_tile == 1 ? g % 2 : 8 * block + g)[Rows::key_of(m, j, c) / 2];
+    const float checkpoint_decay = notes.decays()[max_window + lane];
+    Pair mixes[blocks][3][2] = {};
+    if (used > 0)
+#pragma unroll
+      for (int block = 0; block < blocks; ++block)
 #pragma unroll
         for (int part = 0; part < 3; ++part)
-          multiply_add(mixed[block], a[0], a[1], a[2], a[3], mix(group, block, part, 0), mix(group, block, part, 1));
+#pragma unroll
+          for (int half = 0; half < 2; ++half) mixes[block][part][half] = notes.mix(0, block, part, half);
+    float value_factor = 0, key_factor = 0, query_factor = 0;
+    std::uint16_t* result = nullptr;
+    if constexpr (token_tile == 1) {
+      // All lanes have S k and S q of the rows g and g + 8; they store the outputs of these and their corrections.
+      const float* const factors = notes.numbers();
+      const float factor = c < 2 ? factors[3] : factors[4];
+      value_factor = factor * factors[0], key_factor = factor * factors[1], query_factor = c < 2 ? factors[2] : 0.0f;
+      result = (c < 2 ? o : new_corrections) + g + c % 2 * 8;
+    } else {
+      notes.pass(tokens, false);
+      o += 2 * c;
+      new_corrections += 2 * c;
     }
+    const std::uint16_t* const values = notes.values(groups) + (token_tile == 1 ? g : v_token * p.value_dim + 2 * c);
 
-    float in[2][2] = {}, out[4] = {}, u[4] = {};
+#pragma unroll 1
+    for (int first_value = span_begin; first_value < span_end; first_value += Rows::rows) {
+      const Rows rows(memory + stage * stage_bytes, lane);
+      __pipeline_wait_prior(stages - 1);
+      __syncwarp();
+      constexpr int chains = token_tile < 8 ? 2 : 1;
+      float products[chains][blocks][4] = {};
 #pragma unroll
-    for (int half = 0; half < halves; ++half) {
-      float values[2];
-      widen(transposed(has_v ? *v_word(stage, half) : 0), values[0], values[1], __nv_bfloat16{});
+      for (int m = 0; m < Rows::steps; ++m) {
+        Pair a[parts][4];
+        rows.load(a, m);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float recalled = 0, read_out = 0;
+        for (int block = 0; block < blocks; ++block)
 #pragma unroll
-        for (const auto& sums : products) {
-          recalled += sums[0][2 * half + e];
-          read_out += sums[Tokens::blocks - 1][2 * half + e];
-        }
-        recalled = checkpoint_decay * recalled + mixed[0][2 * half + e];
-        read_out = checkpoint_decay * read_out + mixed[Tokens::blocks - 1][2 * half + e];
-        in[half][e] = tokens.key_factor[e] * recalled + tokens.value_factor[e] * values[e];
-        out[2 * half + e] = tokens.query_factor[e] * read_out;
+          for (int part = parts - 1; part >= 0; --part)
+            multiply_add(products[m % chains][block], a[part][0], a[part][1], a[part][2], a[part][3], columns[block][m][0],
+                         columns[block][m][1]);
       }
-    }
-    tokens.solve(in, u, out);
 #pragma unroll
-    for (int half = 0; half < halves; ++half) {
-      const Pair pair = transposed(narrow(out[2 * half], out[2 * half + 1], __nv_bfloat16{}));
-      const int t = Tokens::query_of(g);
-      if (t >= 0 && t < count) store_output(t, first_value + 8 * half, pair);
-      const Pair entry =
-          transposed(narrow(tokens.key_norm[0] * u[2 * half], tokens.key_norm[1] * u[2 * half + 1], __nv_bfloat16{}));
-      if (g < count)
-        *reinterpret_cast<Pair*>(corrections + new_place * correction_stride + first_value + 8 * half + 2 * c) = entry;
-    }
+      for (int block = 0; block < blocks; ++block)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if constexpr (chains == 2) products[0][block][e] += products[1][block][e];
+          products[0][block][e] *= checkpoint_decay;
+        }
+      const auto load_corrections = [&](std::uint32_t(&words)[4], int group) {
+        load_transposed(words, corrections_at(stage, group) + ((lane / 16 * 8 + lane % 8) * 2 + lane / 8 % 2) * 16);
+      };
+      if (used > 0) {
+        std::uint32_t a[4];
+        load_corrections(a, 0);
+#pragma unroll
+        for (int block = 0; block < blocks; ++block)
+#pragma unroll
+          for (int part = 2; part >= 0; --part)
+            multiply_add(products[0][block], a[0], a[1], a[2], a[3], mixes[block][part][0], mixes[block][part][1]);
+      }
+#pragma unroll 1
+      for (int group = 1; group < used; ++group) {
+        std::uint32_t a[4];
+        load_corrections(a, group);
+#pragma unroll
+        for (int block = 0; block < blocks; ++block)
+#pragma unroll
+          for (int part = 2; part >= 0; --part)
+            multiply_add(products[0][block], a[0], a[1], a[2], a[3], notes.mix(group, block, part, 0),
+                         notes.mix(group, block, part, 1));
+      }
 
-    if (folds) {
-#pragma unroll 1
-      for (int i = 0; i < runs; ++i) {
-        float sums[pairs][4] = {};
-#pragma unroll 1
-        for (int group = 0; group < used; ++group) {
+      if constexpr (token_tile == 1) {
+        const auto result_of = [&](int half) {
+          const float v = __uint_as_float(std::uint32_t{values[first_value + 8 * half]} << 16);
+          return value_factor * v + key_factor * products[0][0][2 * half] + query_factor * products[0][0][2 * half + 1];
+        };
+        const float first = result_of(0), second = result_of(1);
+        result[first_value] = __bfloat16_as_ushort(__float2bfloat16_rn(c % 2 == 0 ? first : second));
+      } else {
+        float in[2][2] = {}, out[4] = {}, u[4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          Pair word = 0;
+          if (has_v) word = *reinterpret_cast<const Pair*>(values + first_value + 8 * half);
+          float v[2];
+          widen(transposed(word), v[0], v[1], __nv_bfloat16{});
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            in[half][e] = tokens.key_factor[e] * products[0][0][2 * half + e] + tokens.value_factor[e] * v[e];
+            out[2 * half + e] = tokens.query_factor[e] * products[0][blocks - 1][2 * half + e];
+          }
+        }
+        tokens.solve(in, u, out);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const Pair pair = transposed(narrow(out[2 * half], out[2 * half + 1], __nv_bfloat16{}));
+          if (has_o) *reinterpret_cast<Pair*>(o + first_value + 8 * half) = pair;
+          const Pair entry =
+              transposed(narrow(tokens.key_norm[0] * u[2 * half], tokens.key_norm[1] * u[2 * half + 1], __nv_bfloat16{}));
+          if (g < count) *reinterpret_cast<Pair*>(new_corrections + first_value + 8 * half) = entry;
+        }
+      }
+
+      if (folds) {
+        __syncwarp();  // lanes store what others have read
+        // Three numbers are all of a float32, two are enough for a state of 16 bits.
+        constexpr int fold_parts = sizeof(State) == 4 ? 3 : 2;
+        const std::uint16_t* const keys = row.keys(p, h) + 8 * c;
+        const auto key_stride = static_cast<int>(window.keys.strides[2]);
+        const auto scaled_corrections = [&](Pair(&a)[fold_parts][4], int group) {
           std::uint32_t words[4];
-          load_corrections(words, stage, group);
-          Pair a[3][4];
+          load_corrections(words, group);
 #pragma unroll
           for (int word = 0; word < 4; ++word) {
             float low, high;
             widen(words[word], low, high, __nv_bfloat16{});
-            const int entry = word / 2 * 8 + 2 * c;
-            split_in_three(gamma_of(group, entry) * low, gamma_of(group, entry + 1) * high,
-                           [&](int part) -> Pair& { return a[part][word]; });
+            const float* const decay = notes.decays() + group * group_entries + word / 2 * 8 + 2 * c;
+            low *= decay[0], high *= decay[1];
+#pragma unroll
+            for (int part = 0; part < fold_parts - 1; ++part) a[part][word] = take_upper(low, high);
+            a[fold_parts - 1][word] = narrow(low, high, __nv_bfloat16{});
           }
-          Pair rows[2][pairs];
+        };
+        const auto keys_of = [&](const std::uint16_t*(&from)[2], int group) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) load_keys(rows[half], keys_of(group * group_entries + 8 * half + g), i);
+          for (int half = 0; half < 2; ++half) {
+            const int entry = group * group_entries + 8 * half + g;
+            from[half] = entry < P ? keys + place_of(entry) * key_stride : nullptr;
+          }
+        };
+        const auto add_entries = [&](float(&sums)[4][4], const Pair(&a)[fold_parts][4], const std::uint16_t* const(&from)[2],
+                                     int i) {
+          uint4 entries[2] = {};
 #pragma unroll
-          for (int j = 0; j < pairs; ++j) {
-            const Pair first = transposed(rows[0][j]), second = transposed(rows[1][j]);
+          for (int half = 0; half < 2; ++half)
+            if (from[half] != nullptr) entries[half] = *reinterpret_cast<const uint4*>(from[half] + 32 * i);
+          const Pair low[4] = {entries[0].x, entries[0].y, entries[0].z, entries[0].w};
+          const Pair high[4] = {entries[1].x, entries[1].y, entries[1].z, entries[1].w};
 #pragma unroll
-            for (int part = 2; part >= 0; --part)
+          for (int j = 0; j < 4; ++j) {
+            const Pair first = transposed(low[j]), second = transposed(high[j]);
+#pragma unroll
+            for (int part = fold_parts - 1; part >= 0; --part)
               multiply_add(sums[j], a[part][0], a[part][1], a[part][2], a[part][3], first, second);
           }
-        }
-        std::uint32_t state[halves][4];
-#pragma unroll
-        for (int half = 0; half < halves; ++half) {
-          unit.load(state[half], 0, half, i);
-#pragma unroll
-          for (int j = 0; j < pairs; ++j) {
-            float x, y;
-            Unit::values(state[half], j, x, y);
-            Unit::pack(state[half], j, checkpoint_decay * x + sums[j][2 * half], checkpoint_decay * y + sums[j][2 * half + 1]);
+        };
+        Pair a[fold_parts][4];
+        const std::uint16_t* from[2];
+        if (used <= 1) {
+          // The lookups and the corrections are the same for all keys.
+          scaled_corrections(a, 0);
+          keys_of(from, 0);
+#pragma unroll 1
+          for (int i = 0; i < key_dim / 32; ++i) {
+            float sums[4][4] = {};
+            add_entries(sums, a, from, i);
+            rows.update(i, checkpoint_decay, sums);
           }
-          unit.store(state[half], 0, half, i);
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < key_dim / 32; ++i) {
+            float sums[4][4] = {};
+#pragma unroll 1
+            for (int group = 0; group < used; ++group) {
+              scaled_corrections(a, group);
+              keys_of(from, group);
+              add_entries(sums, a, from, i);
+            }
+            rows.update(i, checkpoint_decay, sums);
+          }
         }
+        __syncwarp();
+        rows.write(static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) + first_value * key_dim +
+                   Rows::lane_offset(lane));
       }
       __syncwarp();
-      unit.write(state_at(slot, first_value), span_end - first_value);
+      if (next.h < end_head) {
+        rows.fetch(next.state);
+        fetch_corrections(stage, next);
+        advance(next);
+      }
+      __pipeline_commit();
+      stage = stage + 1 == stages ? 0 : stage + 1;
     }
-    __syncwarp();
-    fetch_state(stage, first_value + stages * Unit::rows);
-    fetch_values(stage, first_value + stages * Unit::rows);
-    stage = stage + 1 == stages ? 0 : stage + 1;
   }
+  __pipeline_wait_prior(0);
 }
 
 }  // namespace gatedelta::cuda

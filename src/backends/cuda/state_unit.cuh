@@ -131,6 +131,7 @@ class StateUnit {
     if (value_last && vector * width >= count) return;
     const int stride = value_last ? value_dim_ : key_dim;
     first += line * stride + vector * width;
+    forget(first);
 #pragma unroll
     for (int i = 0; i < lines / step; ++i) {
       // Of line + i step, by 8, 4 or 1.

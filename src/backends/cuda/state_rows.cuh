@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "backends/cuda/vectors.cuh"
+
+namespace gatedelta::cuda {
+
+/// 16 value rows of a head's K-last state without gaps, in shared memory, as a matrix that products take 16 keys at a time.
+///
+/// Of step m, with g = lane / 4 and c = lane % 4, a lane has of the rows g and g + 8 two pairs of keys, of which pair j starts
+/// at key_of(m, j, c). Products do not care for the order of what they sum over, so it is what loads bring without moves.
+template <class State, int key_dim>
+class StateRows {
+ public:
+  static constexpr int rows = 16, keys = key_dim, steps = key_dim / 16, parts = state_parts_of<State>;
+  static constexpr bool narrow_state = sizeof(State) == 2;
+  static constexpr int line_bytes = key_dim * static_cast<int>(sizeof(State)), bytes = rows * line_bytes;
+
+  __device__ static int key_of(int m, int j, int c) { return 16 * m + (narrow_state ? 8 * j + 2 * c : 4 * c + 2 * j); }
+
+  /// `memory`: the warp's, of `bytes`, aligned to a line.
+  __device__ StateRows(std::uint32_t memory, int lane) : memory_(memory), lane_(lane) {}
+
+  /// Where the lane's first vector is, from the first row's first element on. With it, the copy of 16 rows starts, and the way
+  /// back; for that all lanes must have stored what they have.
+  __device__ static int lane_offset(int lane) { return lane / vectors * key_dim + lane % vectors * lanes_of<State>; }
+  __device__ void fetch(const State* from) const {
+    for_each_vector(from, [](char* to, const State* vector) { __pipeline_memcpy_async(to, vector, 16); });
+  }
+  __device__ void write(State* to) const {
+    for_each_vector(to, [](const char* from, State* vector) {
+      __stcs(reinterpret_cast<uint4*>(vector), *reinterpret_cast<const uint4*>(from));
+    });
+  }
+
+  /// Step m as a fragment, in parts that add up to it.
+  __device__ __forceinline__ void load(Pair (&a)[parts][4], int m) const {
+    if constexpr (narrow_state) {
+      const int row = lane_ % 16, vector = (lane_ / 16) ^ (row % 8);
+      std::uint32_t words[4];
+      load_matrices(words, at_shared(((memory_ + row * line_bytes + vector * 16) ^ (m % 4 * 32)) + m / 4 * 128));
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        if constexpr (parts == 1) {
+          a[0][word] = words[word];
+        } else {
+          float low, high;
+          widen(words[word], low, high, State{});
+#pragma unroll
+          for (int part = 0; part < parts; ++part) a[part][word] = take_upper(low, high);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float4 x = *reinterpret_cast<const float4*>(line_at(half, m));
+#pragma unroll
+        for (int part = 0; part < parts; ++part) {
+          a[part][half] = take_upper(x.x, x.y);
+          a[part][2 + half] = take_upper(x.z, x.w);
+        }
+      }
+    }
+  }
+
+  /// The 8 keys from 8 (c + 4 i) of the rows g and g + 8 become decay times themselves plus more: more[j] for pair j of them,
+  /// as a product has it.
+  __device__ __forceinline__ void update(int i, float decay, const float (&more)[4][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (narrow_state) {
+        auto* const at = reinterpret_cast<uint4*>(vector_at(half, 4 * i));
+        const uint4 old = *at;
+        std::uint32_t words[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float low, high;
+          widen(words[j], low, high, State{});
+          words[j] = gatedelta::cuda::narrow(decay * low + more[j][2 * half], decay * high + more[j][2 * half + 1], State{});
+        }
+        *at = make_uint4(words[0], words[1], words[2], words[3]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          auto* const at = reinterpret_cast<float4*>(vector_at(half, 8 * i + j / 2));
+          const float4 x = *at;
+          *at = make_float4(decay * x.x + more[j][2 * half], decay * x.y + more[j][2 * half + 1],
+                            decay * x.z + more[j + 1][2 * half], decay * x.w + more[j + 1][2 * half + 1]);
+        }
+      }
+    }
+  }
+
+ private:
+  // Vectors of 16 bytes that are read together lie in different banks: vector v of row r is at v ^ swizzle(r).
+  static constexpr int vectors = line_bytes / 16;
+  __device__ static int swizzle(int row) { return narrow_state ? row % 8 : row % 2 * 4; }
+
+  __device__ char* line_at(int half, int m) const {
+    const int g = lane_ / 4, flip = g % 2 * 64;
+    return at_shared(memory_ + g * line_bytes + lane_ % 4 * 16 + (m % 2 == 0 ? flip : -flip) + 8 * half * line_bytes + m * 64);
+  }
+  /// Of row g or g + 8, vector `first` + c, or with a wide state + 2 c.
+  __device__ char* vector_at(int half, int first) const {
+    const int g = lane_ / 4, c = lane_ % 4, vector = first + (narrow_state ? c : 2 * c);
+    return at_shared(memory_ + (8 * half + g) * line_bytes + (vector ^ swizzle(g)) * 16);
+  }
+
+  template <class Pointer, class Function>
+  __device__ __forceinline__ void for_each_vector(Pointer* first, Function function) const {
+    constexpr int step = 32 / vectors;  // rows
+    static_assert(vectors <= 32 && step <= 8);
+    const int row = lane_ / vectors, vector = lane_ % vectors;
+    forget(first);
+    const std::uint32_t at = memory_ + row * line_bytes + (vector ^ swizzle(row)) * 16;
+#pragma unroll
+    for (int i = 0; i < rows / step; ++i) {
+      const int flip = narrow_state ? i * step % 8 : i * step % 2 * 4;  // what the rows before add to the swizzle
+      function(at_shared((at ^ (flip * 16)) + i * step * line_bytes), first + i * step * key_dim);
+    }
+  }
+
+  const std::uint32_t memory_;
+  const int lane_;
+};
+
+}  // namespace gatedelta::cuda
