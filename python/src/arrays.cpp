@@ -7,7 +7,8 @@
 #include <unordered_map>
 
 #include "dlpack.hpp"
-#include "gatedelta/error.hpp"
+#include "jax.hpp"
+#include "objects.hpp"
 
 #ifdef GATEDELTA_CUDA
 #include <cuda_runtime_api.h>
@@ -16,17 +17,11 @@
 namespace gatedelta::python {
 namespace {
 
-[[noreturn]] void fail(const char* name, const std::string& message) {
-  throw Error(ErrorCode::invalid_argument, std::string(name) + ": " + message);
-}
-
 [[noreturn]] void fail_dtype(const char* name, const std::string& found) {
   fail(name, "expected dtype float32, float16 or bfloat16, or int32 or int64 for indices, got " + found);
 }
 
 [[noreturn]] void fail_read_only(const char* name, const char* why) { fail(name, std::string("is written, but ") + why); }
-
-std::string text(nb::handle object) { return nb::cast<std::string>(nb::str(object)); }
 
 /// Attribute names, made once and never freed: looking up an interned name costs no string comparison.
 struct Names {
@@ -45,51 +40,12 @@ struct Names {
   GATEDELTA_NAME(get_device);
   GATEDELTA_NAME(new_empty);
   GATEDELTA_NAME(block_until_ready);
-  GATEDELTA_NAME(sharding);
 #undef GATEDELTA_NAME
 };
 
 const Names& names() {
   static const Names instance;
   return instance;
-}
-
-nb::object attribute(nb::handle object, PyObject* name) {
-  PyObject* value = PyObject_GetAttr(object.ptr(), name);
-  if (value == nullptr) nb::raise_python_error();
-  return nb::steal(value);
-}
-
-nb::object call_method(nb::handle object, PyObject* name) {
-  PyObject* value = PyObject_CallMethodNoArgs(object.ptr(), name);
-  if (value == nullptr) nb::raise_python_error();
-  return nb::steal(value);
-}
-
-std::int64_t integer(nb::handle object) {
-  const std::int64_t value = PyLong_AsLongLong(object.ptr());
-  if (value == -1 && PyErr_Occurred()) nb::raise_python_error();
-  return value;
-}
-
-void set_rank(const char* name, TensorView& view, std::int64_t rank) {
-  if (rank < 1 || rank > max_rank)
-    fail(name, "expected 1 to " + std::to_string(max_rank) + " dimensions, got " + std::to_string(rank));
-  view.rank = static_cast<int>(rank);
-}
-
-void set_shape(const char* name, TensorView& view, nb::handle shape) {
-  if (!PyTuple_Check(shape.ptr())) fail(name, "expected a shape that is a tuple, got " + text(shape));
-  set_rank(name, view, PyTuple_GET_SIZE(shape.ptr()));
-  for (int i = 0; i < view.rank; ++i) view.shape[i] = integer(PyTuple_GET_ITEM(shape.ptr(), i));
-}
-
-void set_dense_strides(TensorView& view) {
-  std::int64_t dense = 1;
-  for (int i = view.rank - 1; i >= 0; --i) {
-    view.strides[i] = dense;
-    dense *= view.shape[i];
-  }
 }
 
 /// `bytes(i)` is the stride of dimension i in bytes.
@@ -151,7 +107,45 @@ std::optional<DType> number_type(char kind, int bytes) {
   return std::nullopt;
 }
 
+/// The dtype for one of NumPy's dtype objects. The scalar types that ml_dtypes adds are told apart by name alone, which takes
+/// long.
+std::optional<DType> half_type(nb::handle numpy_dtype) {
+  static auto* known = new std::unordered_map<PyObject*, DType>;
+  const auto it = known->find(numpy_dtype.ptr());
+  if (it != known->end()) return it->second;
+  const std::string name = text(numpy_dtype);
+  if (name != "bfloat16" && name != "float16") return std::nullopt;
+  numpy_dtype.inc_ref();  // its address must stay its own
+  return known->emplace(numpy_dtype.ptr(), name == "bfloat16" ? DType::bf16 : DType::f16).first->second;
+}
+
 bool on_cuda(std::int32_t dlpack_device) { return dlpack_device == dl_cuda || dlpack_device == dl_cuda_managed; }
+
+nb::object dlpack_capsule(nb::handle array) {
+  std::int32_t device_type = dl_cpu;
+  if (framework_of(array) == Framework::jax) {
+    nb::object capsule = jax_export(array);
+    if (capsule.is_valid()) return capsule;
+    (void)call_method(array, names().block_until_ready);  // it may still be computed; then it does not matter where it is
+  } else {
+    const nb::tuple place = nb::cast<nb::tuple>(call_method(array, names().__dlpack_device__));
+    device_type = static_cast<std::int32_t>(integer(place[0]));
+  }
+  const nb::object method = attribute(array, names().__dlpack__);
+  // 1 is the legacy default stream, which forward() then runs on.
+  const auto export_to = [&](bool versioned) {
+    nb::dict options;
+    if (on_cuda(device_type)) options["stream"] = 1;
+    if (versioned) options["max_version"] = nb::make_tuple(1, 0);
+    return method(**options);
+  };
+  try {
+    return export_to(true);
+  } catch (nb::python_error& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+    return export_to(false);  // a library from before DLPack 1
+  }
+}
 
 }  // namespace
 
@@ -177,9 +171,8 @@ TensorView Arrays::view(const char* name, nb::handle array, bool written) {
     case Framework::torch:
       return view_torch(name, array);
     case Framework::jax:
-      if (written && !fresh_) fail_read_only(name, "jax arrays cannot be changed (leave outputs out, pass state_in for state)");
-      (void)call_method(array, names().block_until_ready);  // they may still be computed
-      return view_jax(name, array, written);
+      if (written) fail_read_only(name, "jax arrays cannot be changed (leave outputs out, pass state_in for state)");
+      return view_dlpack(name, array, written);
     case Framework::cuda_interface:
       return view_cuda_interface(name, array, written);
     case Framework::dlpack:
@@ -197,11 +190,7 @@ TensorView Arrays::view_numpy(const char* name, nb::handle array, bool written) 
   if (source == nullptr) nb::raise_python_error();
   TensorView view;
   std::optional<DType> dtype = number_type(source->kind, source->item_size);
-  if (source->kind != 'i' && source->item_size == 2) {
-    // The scalar types that ml_dtypes adds to NumPy are told apart by name alone.
-    const std::string found = text(attribute(array, names().dtype));
-    dtype = found == "bfloat16" ? std::optional(DType::bf16) : found == "float16" ? std::optional(DType::f16) : std::nullopt;
-  }
+  if (source->kind != 'i' && source->item_size == 2) dtype = half_type(attribute(array, names().dtype));
   if (!dtype || !(source->flags & numpy_native_order)) fail_dtype(name, text(attribute(array, names().dtype)));
   if (!(source->flags & numpy_aligned)) fail(name, "expected elements aligned to their size");
   if (written && !(source->flags & numpy_writeable)) fail_read_only(name, "the array is read-only");
@@ -210,29 +199,6 @@ TensorView Arrays::view_numpy(const char* name, nb::handle array, bool written) 
   set_rank(name, view, source->rank);
   for (int i = 0; i < view.rank; ++i) view.shape[i] = source->shape[i];
   set_byte_strides(name, view, [&](int i) { return static_cast<std::int64_t>(source->strides[i]); });
-  return view;
-}
-
-TensorView Arrays::view_jax(const char* name, nb::handle array, bool written) {
-  // Four times as fast as DLPack, but only for host memory and types that it has letters for.
-  PyObject* memory = jax_buffers_ ? PyMemoryView_FromObject(array.ptr()) : nullptr;
-  if (memory == nullptr) {
-    PyErr_Clear();
-    jax_buffers_ = false;
-    return view_dlpack(name, array, written);
-  }
-  kept_.push_back(memory);
-  const Py_buffer& source = *PyMemoryView_GET_BUFFER(memory);
-  TensorView view;
-  const char letter = source.format == nullptr ? 'B' : source.format[std::strlen(source.format) - 1];
-  const char kind = letter == 'f' || letter == 'e' ? 'f' : letter == 'i' || letter == 'l' || letter == 'q' ? 'i' : 'V';
-  const std::optional<DType> dtype = number_type(kind, static_cast<int>(source.itemsize));
-  if (!dtype) fail_dtype(name, text(attribute(array, names().dtype)));
-  view.dtype = *dtype;
-  view.data = source.buf;
-  set_rank(name, view, source.ndim);
-  for (int i = 0; i < view.rank; ++i) view.shape[i] = source.shape[i];
-  set_byte_strides(name, view, [&](int i) { return static_cast<std::int64_t>(source.strides[i]); });
   return view;
 }
 
@@ -304,27 +270,7 @@ TensorView Arrays::view_cuda_interface(const char* name, nb::handle array, bool 
 }
 
 TensorView Arrays::view_dlpack(const char* name, nb::handle array, bool written) {
-  // A JAX array has been waited for, so that it does not matter where it is.
-  std::int32_t device_type = dl_cpu;
-  if (framework_of(array) != Framework::jax) {
-    const nb::tuple place = nb::cast<nb::tuple>(call_method(array, names().__dlpack_device__));
-    device_type = static_cast<std::int32_t>(integer(place[0]));
-  }
-  nb::object capsule;
-  const nb::object method = attribute(array, names().__dlpack__);
-  // 1 is the legacy default stream, which forward() then runs on.
-  const auto export_to = [&](bool versioned) {
-    nb::dict options;
-    if (on_cuda(device_type)) options["stream"] = 1;
-    if (versioned) options["max_version"] = nb::make_tuple(1, 0);
-    return method(**options);
-  };
-  try {
-    capsule = export_to(true);
-  } catch (nb::python_error& error) {
-    if (!error.matches(PyExc_TypeError)) throw;
-    capsule = export_to(false);  // a library from before DLPack 1
-  }
+  nb::object capsule = dlpack_capsule(array);
   const DLTensor* source = nullptr;
   bool read_only = false;
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
@@ -337,10 +283,11 @@ TensorView Arrays::view_dlpack(const char* name, nb::handle array, bool written)
     if (managed == nullptr) nb::raise_python_error();
     source = &managed->tensor;
   }
-  // The capsule is not renamed: dropping it hands the memory back.
-  kept_.push_back(capsule.release().ptr());
-  if (written && read_only && !fresh_) fail_read_only(name, "the array is read-only");
+  if (written && read_only) fail_read_only(name, "the array is read-only");
   const TensorView view = view_dltensor(name, array, *source);
+  // The capsule is not renamed: dropping it hands the memory back. A JAX array is the memory's only owner and cannot be
+  // changed, so the caller's reference is enough.
+  if (framework_of(array) != Framework::jax) kept_.push_back(capsule.release().ptr());
   must_wait_ = must_wait_ || view.device.type == DeviceType::cuda;
   return view;
 }
@@ -370,40 +317,38 @@ TensorView Arrays::view_dltensor(const char* name, nb::handle array, const DLTen
   return view;
 }
 
-nb::object Arrays::allocate(const char* name, nb::handle like, nb::handle dtype_of, std::initializer_list<std::int64_t> shape,
-                            TensorView& out) {
-  nb::object sizes = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));
-  Py_ssize_t i = 0;
-  for (std::int64_t size : shape) PyTuple_SET_ITEM(sizes.ptr(), i++, PyLong_FromLongLong(size));
-  const Framework framework = framework_of(like);
-  nb::object made;
-  if (framework == Framework::torch) {
-    const nb::object dtype = dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::borrow(torch_types().f32);
-    made = attribute(like, names().new_empty)(sizes, nb::arg("dtype") = dtype);
-  } else if (framework == Framework::jax) {
-    static const nb::handle empty = nb::getattr(nb::module_::import_("gatedelta._jax"), "empty").release();
-    made =
-        empty(sizes, dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::none(), attribute(like, names().sharding));
-  } else {
-    const std::string module =
-        framework == Framework::numpy ? "numpy" : nb::cast<std::string>(nb::handle(Py_TYPE(like.ptr())).attr("__module__"));
-    const std::string root = module.substr(0, module.find('.'));
-    if (root != "numpy" && root != "cupy")
-      fail(name, "required: there is no way to allocate arrays of type " + std::string(Py_TYPE(like.ptr())->tp_name));
-    const nb::object library = nb::module_::import_(root.c_str());
-    const nb::object dtype = dtype_of.is_valid() ? attribute(dtype_of, names().dtype) : nb::object(library.attr("float32"));
-    made = library.attr("empty")(sizes, dtype);
+void Arrays::allocate(nb::handle like, Device device, std::span<NewArray> arrays) {
+  if (arrays.empty()) return;
+  if (framework_of(like) == Framework::jax) return jax_make(like, device, arrays);
+  for (NewArray& array : arrays) {
+    array.made = make(like, array);
+    *array.view = view(array.name, array.made, true);
   }
-  fresh_ = true;
-  out = view(name, made, true);
-  fresh_ = false;
-  return made;
 }
 
-void* Arrays::scratch(nb::handle like, std::size_t bytes) {
+nb::object Arrays::make(nb::handle like, const NewArray& array) {
+  const nb::object sizes = tuple_of_sizes(*array.view);
+  const Framework framework = framework_of(like);
+  if (framework == Framework::torch) {
+    const nb::object dtype =
+        array.dtype_of.is_valid() ? attribute(array.dtype_of, names().dtype) : nb::borrow(torch_types().f32);
+    return attribute(like, names().new_empty)(sizes, nb::arg("dtype") = dtype);
+  }
+  const std::string module =
+      framework == Framework::numpy ? "numpy" : nb::cast<std::string>(nb::handle(Py_TYPE(like.ptr())).attr("__module__"));
+  const std::string root = module.substr(0, module.find('.'));
+  if (root != "numpy" && root != "cupy")
+    fail(array.name, "required: there is no way to allocate arrays of type " + std::string(Py_TYPE(like.ptr())->tp_name));
+  const nb::object library = nb::module_::import_(root.c_str());
+  const nb::object dtype =
+      array.dtype_of.is_valid() ? attribute(array.dtype_of, names().dtype) : nb::object(library.attr("float32"));
+  return library.attr("empty")(sizes, dtype);
+}
+
+void* Arrays::scratch(nb::handle like, Device device, std::size_t bytes) {
   TensorView view;
   // Of float32, as not every library knows bytes.
-  kept_.push_back(allocate("workspace", like, {}, {static_cast<std::int64_t>((bytes + 3) / 4)}, view).release().ptr());
+  kept_.push_back(allocate(like, device, {"workspace", view, {static_cast<std::int64_t>((bytes + 3) / 4)}}).release().ptr());
   return view.data;
 }
 

@@ -4,8 +4,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "gatedelta/tensor.hpp"
@@ -20,10 +23,26 @@ struct DLTensor;
 
 enum class Framework : std::uint8_t { none, numpy, torch, jax, cuda_interface, dlpack };
 
+/// An array that a call is to make; `view` becomes its view.
+struct NewArray {
+  const char* name;
+  TensorView* view;
+  nb::handle dtype_of;  ///< an array with the dtype that it gets; none: float32
+  nb::object made;
+
+  /// `dtype` is that of `dtype_of`.
+  NewArray(const char* name, TensorView& view, std::initializer_list<std::int64_t> shape, nb::handle dtype_of = {},
+           DType dtype = DType::f32)
+      : name(name), view(&view), dtype_of(dtype_of) {
+    view.dtype = dtype, view.rank = static_cast<int>(shape.size());
+    std::copy(shape.begin(), shape.end(), view.shape.begin());
+  }
+};
+
 /// The arrays of one call. It keeps what they are exported through until the call has been made.
 class Arrays {
  public:
-  Arrays() = default;
+  Arrays() { kept_.reserve(16); }
   Arrays(const Arrays&) = delete;
   Arrays& operator=(const Arrays&) = delete;
   ~Arrays();
@@ -32,12 +51,14 @@ class Arrays {
   TensorView read(const char* name, nb::handle array) { return array.is_none() ? TensorView{} : view(name, array, false); }
   /// The view of an array that is written: throws for read-only memory.
   TensorView write(const char* name, nb::handle array) { return array.is_none() ? TensorView{} : view(name, array, true); }
-  /// A new dense array in the library of `like`, on its device, with the dtype of `dtype_of` (none: float32); its view is
-  /// in `out`.
-  nb::object allocate(const char* name, nb::handle like, nb::handle dtype_of, std::initializer_list<std::int64_t> shape,
-                      TensorView& out);
+  /// Makes new dense arrays in the library of `like`, an array of this call, and on its device, which is `device`.
+  void allocate(nb::handle like, Device device, std::span<NewArray> arrays);
+  nb::object allocate(nb::handle like, Device device, NewArray array) {
+    allocate(like, device, {&array, 1});
+    return array.made;
+  }
   /// `bytes` of memory on the device of `like`, which must be an array of this call; kept as long as this object.
-  void* scratch(nb::handle like, std::size_t bytes);
+  void* scratch(nb::handle like, Device device, std::size_t bytes);
 
   /// The stream that the arrays' library works on now (0 for host memory). `like` is an array of this call.
   void* stream(nb::handle like, Device device);
@@ -48,16 +69,14 @@ class Arrays {
   TensorView view(const char* name, nb::handle array, bool written);
   TensorView view_numpy(const char* name, nb::handle array, bool written);
   TensorView view_torch(const char* name, nb::handle array);
-  TensorView view_jax(const char* name, nb::handle array, bool written);
   TensorView view_cuda_interface(const char* name, nb::handle array, bool written);
   TensorView view_dlpack(const char* name, nb::handle array, bool written);
+  static nb::object make(nb::handle like, const NewArray& array);
   static TensorView view_dltensor(const char* name, nb::handle array, const DLTensor& source);
 
   std::vector<PyObject*> kept_;
   std::optional<std::uintptr_t> interface_stream_;
   bool must_wait_ = false;
-  bool fresh_ = false;       // the array in view() was made by allocate()
-  bool jax_buffers_ = true;  // JAX's arrays may have buffers that Python can look at
 };
 
 Framework framework_of(nb::handle array);

@@ -21,6 +21,8 @@ std::string shape_text(const TensorView& view) {
   return out + "]";
 }
 
+using Sizes = std::initializer_list<std::int64_t>;
+
 /// Makes a CUDA device current for a scope, as Backend::check expects.
 class CurrentDevice {
  public:
@@ -95,22 +97,25 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
 
   const std::int64_t rows = in.cu_seqlens.defined() ? std::max<std::int64_t>(in.cu_seqlens.shape[0] - 1, 0) : in.q.shape[0];
   const std::int64_t heads = config.heads(), tokens = in.q.shape[1];
-  const bool new_o = o.is_none();
-  if (new_o)
-    o = arrays.allocate("o", q, v, {in.q.shape[0], tokens, heads, config.value_dim}, in.o);
+  // A new state or snapshot has the dtype of the state that is given.
+  const bool state_in_given = in.state_in.defined();
+  const nb::handle like = state_in_given ? state_in : in.state.defined() ? state : nb::handle();
+  const DType state_dtype = state_in_given ? in.state_in.dtype : in.state.dtype;
+  std::vector<NewArray> results;
+  if (o.is_none())
+    results.emplace_back("o", in.o, Sizes{in.q.shape[0], tokens, heads, config.value_dim}, v, in.v.dtype);
   else
     in.o = arrays.write("o", o);
-  // A new state or snapshot has the dtype of the state that is given.
-  const nb::handle like = in.state_in.defined() ? state_in : in.state.defined() ? state : nb::handle();
   if (state_out.asked)
-    state_out.array = arrays.allocate("state_out", q, like, {rows, heads, config.value_dim, config.key_dim}, in.state_out);
+    results.emplace_back("state_out", in.state_out, Sizes{rows, heads, config.value_dim, config.key_dim}, like, state_dtype);
   else
     in.state_out = arrays.write("state_out", state_out.array);
   if (snapshots.asked)
-    snapshots.array =
-        arrays.allocate("snapshots", q, like, {rows, tokens, heads, config.value_dim, config.key_dim}, in.snapshots);
+    results.emplace_back("snapshots", in.snapshots, Sizes{rows, tokens, heads, config.value_dim, config.key_dim}, like,
+                         state_dtype);
   else
     in.snapshots = arrays.write("snapshots", snapshots.array);
+  arrays.allocate(q, in.q.device, results);
 
   DTypes& dtypes = config.dtypes;
   const auto dtype = [](DType& out, const TensorView& first, const TensorView& second = {}) {
@@ -127,7 +132,7 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
   if (in.q.device.type == DeviceType::cuda) {
     in.workspace_size = rule.workspace_size(in);
     if (in.workspace_size > 0) {
-      in.workspace = arrays.scratch(q, in.workspace_size);
+      in.workspace = arrays.scratch(q, in.q.device, in.workspace_size);
       // Its library hands it out again in the order of its current stream, which says nothing of another one.
       wait = in.stream != arrays.stream(q, in.q.device);
     }
@@ -137,6 +142,8 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
     rule.forward(in);
     if (wait || arrays.must_wait()) check_all(in.q.device, in.stream);
   }
+  for (NewArray& result : results)
+    (result.view == &in.o ? o : result.view == &in.state_out ? state_out.array : snapshots.array) = std::move(result.made);
   if (state_out.asked && snapshots.asked) return nb::make_tuple(o, state_out.array, snapshots.array);
   if (state_out.asked) return nb::make_tuple(o, state_out.array);
   if (snapshots.asked) return nb::make_tuple(o, snapshots.array);

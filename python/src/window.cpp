@@ -19,11 +19,11 @@ DType entry_type(const std::string& name) {
 }
 
 /// `bytes` at a multiple of 256, in an array that goes to `kept`.
-void* aligned_memory(Arrays& arrays, nb::handle like, std::size_t bytes, std::vector<nb::object>& kept) {
+void* aligned_memory(Arrays& arrays, nb::handle like, Device device, std::size_t bytes, std::vector<nb::object>& kept) {
   constexpr std::size_t alignment = 256;
   TensorView view;
   const auto elements = static_cast<std::int64_t>((bytes + alignment) / sizeof(float));
-  kept.push_back(arrays.allocate("window", like, {}, {elements}, view));
+  kept.push_back(arrays.allocate(like, device, {"window", view, {elements}}));
   const auto address = reinterpret_cast<std::uintptr_t>(view.data);
   return reinterpret_cast<void*>((address + alignment - 1) / alignment * alignment);
 }
@@ -73,11 +73,11 @@ Windows::Windows(nb::handle states, std::int64_t k_heads, std::int64_t capacity,
   TensorView first;
   const Config config = configure(arrays, states, k_heads, null_slot, backend, first);
   layout_ = window_layout(config, first.shape[0], capacity, entry_type(entries), max_tokens);
-  void* const record = aligned_memory(arrays, states_[0], layout_.record_bytes, memory_);
+  void* const record = aligned_memory(arrays, states_[0], first.device, layout_.record_bytes, memory_);
   for (std::size_t i = 0; i < states_.size(); ++i) {
     require_like(arrays, first, i);
-    layers_.push_back(
-        window_at(layout_, aligned_memory(arrays, states_[0], layout_.layer_bytes, memory_), record, first.device));
+    layers_.push_back(window_at(layout_, aligned_memory(arrays, states_[0], first.device, layout_.layer_bytes, memory_), record,
+                                first.device));
   }
   reset(nb::none(), stream);
 }
@@ -161,8 +161,12 @@ nb::object Windows::state_of(nb::handle slots, nb::object out, std::int64_t laye
   if (!out.is_none())
     in.out = arrays.write("out", out);
   else
-    out = arrays.allocate("out", state(layer), state(layer),
-                          {in.slots.shape[0], in.state.shape[1], in.state.shape[2], in.state.shape[3]}, in.out);
+    out = arrays.allocate(state(layer), in.state.device,
+                          {"out",
+                           in.out,
+                           {in.slots.shape[0], in.state.shape[1], in.state.shape[2], in.state.shape[3]},
+                           state(layer),
+                           in.state.dtype});
   run(arrays, state(layer), in.state.device, stream, in, [&](const auto& given) { rule_->state_of(given); });
   return out;
 }

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
 import numpy as np
 import pytest
 from reference import error, expected, inputs
 
 import gatedelta
 
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 jax = pytest.importorskip("jax", reason="jax is not installed")
 
 
@@ -51,9 +54,62 @@ def test_arrays_that_cannot_be_changed():
 
 
 def test_results_have_memory_of_their_own():
+    """Results of small calls are made several at a time: each is given away once."""
     x = {name: jax.numpy.asarray(array) for name, array in inputs().items()}
-    results = [gatedelta.forward(**{**x, "v": scale * x["v"]}) for scale in (1.0, 2.0, 3.0)]
-    for scale, o in zip((1.0, 2.0, 3.0), results):
-        assert error(o, scale * np.asarray(results[0])) < 1e-6
-    assert len({o.unsafe_buffer_pointer() for o in results}) == 3
+    state = jax.numpy.zeros((2, 4, 24, 16))
+    scales = [float(n) for n in range(1, 20)]
+    results = [gatedelta.forward(**{**x, "v": n * x["v"]}, state_in=state, state_out=True) for n in scales]
+    for n, result in zip(scales, results):
+        for scaled, first in zip(result, results[0]):
+            assert error(scaled, n * np.asarray(first)) < 1e-6
+    assert len({array.unsafe_buffer_pointer() for result in results for array in result}) == 2 * len(scales)
     assert not jax.numpy.zeros((2, 3, 4, 24)).any()
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_results_of_other_sizes_in_turn(tokens):
+    for B in (1, 2, 1, 3, 2, 1):
+        x = inputs(B=B, T=tokens)
+        arrays = {name: jax.numpy.asarray(array) for name, array in x.items()}
+        o, final = gatedelta.forward(**arrays, state_in=jax.numpy.zeros((B, 4, 24, 16), "bfloat16"), state_out=True)
+        assert o.dtype == "float32" and final.dtype == "bfloat16"
+        assert error(o, expected(x)[0]) < 1e-6
+
+
+def test_arrays_that_are_not_there_yet():
+    matrix = jax.numpy.full((600, 600), 1 / 600)
+    slow = jax.jit(lambda m: jax.lax.fori_loop(0, 20, lambda i, m: m @ m, m)[0, 0])
+    x = {name: jax.numpy.asarray(array) for name, array in inputs().items()}
+    slow(matrix).block_until_ready()
+    v = slow(matrix) * 600 * x["v"]
+    o = gatedelta.forward(**{**x, "v": v})
+    assert error(o, expected({**inputs(), "v": np.asarray(v)})[0]) < 1e-6
+
+
+def test_another_layout():
+    layout = pytest.importorskip("jax.experimental.layout", reason="this JAX has no layouts")
+    x = {name: jax.numpy.asarray(array) for name, array in inputs().items()}
+    q = jax.device_put(x["q"], layout.Format(layout.Layout(major_to_minor=(0, 2, 1, 3)), x["q"].sharding))
+    assert np.array_equal(gatedelta.forward(**{**x, "q": q}), gatedelta.forward(**x))
+
+
+def test_constants_of_traced_functions():
+    x = {name: jax.numpy.asarray(array) for name, array in inputs(B=5).items()}  # a size of its own, so that no array is left over
+    o = jax.jit(lambda n: n * gatedelta.forward(**x))(2.0)
+    assert error(o, 2 * expected(inputs(B=5))[0]) < 1e-6
+    assert error(gatedelta.forward(**x), expected(inputs(B=5))[0]) < 1e-6
+
+
+@pytest.mark.skipif(len(jax.devices("cpu")) < 2, reason="JAX has one host device")
+def test_devices():
+    sharding, cpus = jax.sharding, jax.devices("cpu")[:2]
+    x = {name: jax.device_put(array, cpus[1]) for name, array in inputs().items()}
+    o = gatedelta.forward(**x)
+    assert o.devices() == {cpus[1]} and error(o, expected(inputs())[0]) < 1e-6
+    one = sharding.NamedSharding(sharding.Mesh(np.array(cpus[:1]), "x"), sharding.PartitionSpec())
+    o, final = gatedelta.forward(**jax.device_put(x, one), state_in=jax.numpy.zeros((2, 4, 24, 16)), state_out=True)
+    assert o.sharding == one and final.sharding == one and error(o, expected(inputs())[0]) < 1e-6
+    for parts in (sharding.PartitionSpec("x"), sharding.PartitionSpec()):
+        two = sharding.NamedSharding(sharding.Mesh(np.array(cpus), "x"), parts)
+        with pytest.raises(BufferError, match="2 devices"):
+            gatedelta.forward(**{**x, "q": jax.device_put(x["q"], two)})

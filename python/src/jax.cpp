@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "jax.hpp"
+
+#include <algorithm>
+#include <vector>
+
+#include "objects.hpp"
+
+namespace gatedelta::python {
+namespace {
+
+struct Names {
+#define GATEDELTA_NAME(x) PyObject* x = PyUnicode_InternFromString(#x)
+  GATEDELTA_NAME(_sharding);
+  GATEDELTA_NAME(num_devices);
+  GATEDELTA_NAME(sharding);
+  GATEDELTA_NAME(unsafe_buffer_pointer);
+#undef GATEDELTA_NAME
+};
+
+const Names& names() {
+  static const Names instance;
+  return instance;
+}
+
+/// What is taken from the library that JAX is built on, null where it has none, and from JAX and the module _jax.
+struct Functions {
+  PyObject *export_buffer = nullptr, *single = nullptr;  ///< `single`: the type of shardings of one device
+  PyObject *wait = nullptr, *stock, *call_untraced;      ///< `wait` for a list of arrays
+
+  Functions() {
+    PyObject* const library = PyImport_ImportModule("jaxlib._jax");
+    if (library != nullptr) {
+      export_buffer = PyObject_GetAttrString(library, "buffer_to_dlpack_managed_tensor");
+      single = PyObject_GetAttrString(library, "SingleDeviceSharding");
+      wait = PyObject_GetAttrString(library, "batched_block_until_ready");
+    }
+    Py_XDECREF(library);
+    PyErr_Clear();
+    const auto get = [](const char* module, const char* name) {
+      return nb::getattr(nb::module_::import_(module), name).release().ptr();
+    };
+    if (wait == nullptr) wait = get("jax", "block_until_ready");
+    stock = get("gatedelta._jax", "stock"), call_untraced = get("gatedelta._jax", "call_untraced");
+  }
+};
+
+const Functions& functions() {
+  static const auto* instance = new Functions;
+  return *instance;
+}
+
+/// Arrays for calls that make the same: `make` gives a list of those of some calls, `made` has those that no call has got yet.
+struct Stock {
+  nb::object sharding, make, made;
+  std::vector<TensorView> views;
+
+  bool is_for(nb::handle wanted, std::span<const NewArray> arrays) const {
+    const auto same = [](const TensorView& view, const NewArray& array) {
+      return view.rank == array.view->rank && view.dtype == array.view->dtype && view.shape == array.view->shape;
+    };
+    return sharding.is(wanted) && std::equal(views.begin(), views.end(), arrays.begin(), arrays.end(), same);
+  }
+};
+
+Stock find_stock(nb::object sharding, std::span<const NewArray> arrays) {
+  Stock stock;
+  nb::list key;
+  key.append(sharding);
+  for (const NewArray& array : arrays) {
+    key.append(tuple_of_sizes(*array.view));
+    key.append(name_of(array.view->dtype).data());
+    stock.views.push_back(*array.view);
+  }
+  const nb::object found = nb::handle(functions().stock)(*key);
+  stock.sharding = std::move(sharding), stock.make = found[0], stock.made = found[1];
+  return stock;
+}
+
+/// The stock for a call, not empty. One call of JAX makes all results, and where they are small those of later calls as well:
+/// it takes longer than all else here.
+nb::object filled_stock(nb::handle like, std::span<const NewArray> arrays) {
+  static auto* last = new Stock;  // most calls are as the one before
+  nb::object sharding = attribute(like, names().sharding);
+  if (!last->is_for(sharding, arrays)) *last = find_stock(std::move(sharding), arrays);
+  const nb::object make = last->make, made = last->made;  // other threads may run in a call
+  if (PyList_GET_SIZE(made.ptr()) == 0) {
+    nb::object more = make();
+    if (Py_TYPE(nb::object(more[0]).ptr()) != Py_TYPE(like.ptr())) more = nb::handle(functions().call_untraced)(make);
+    (void)result(PyObject_CallOneArg(functions().wait, more.ptr()));
+    PyList_SetSlice(made.ptr(), 0, 0, more.ptr());
+  }
+  return made;
+}
+
+}  // namespace
+
+nb::object jax_export(nb::handle array) {
+  if (functions().export_buffer == nullptr) return {};
+  // The function takes arrays on several devices, too, and gives the part on the first one.
+  PyObject* const sharding = PyObject_GetAttr(array.ptr(), names()._sharding);
+  const bool one = sharding != nullptr && reinterpret_cast<PyObject*>(Py_TYPE(sharding)) == functions().single;
+  PyObject* const count = one || sharding == nullptr ? nullptr : PyObject_GetAttr(sharding, names().num_devices);
+  PyObject* const capsule = one || (count != nullptr && PyLong_AsLong(count) == 1)
+                                ? PyObject_CallOneArg(functions().export_buffer, array.ptr())
+                                : nullptr;
+  Py_XDECREF(count);
+  Py_XDECREF(sharding);
+  if (capsule == nullptr) PyErr_Clear();
+  return nb::steal(capsule);
+}
+
+void jax_make(nb::handle like, Device device, std::span<NewArray> arrays) {
+  const nb::object stock = filled_stock(like, arrays);
+  const Py_ssize_t end = PyList_GET_SIZE(stock.ptr()), begin = end - static_cast<Py_ssize_t>(arrays.size());
+  for (Py_ssize_t i = begin; NewArray & array : arrays) array.made = nb::borrow(PyList_GET_ITEM(stock.ptr(), i++));
+  PyList_SetSlice(stock.ptr(), begin, end, nullptr);
+  for (NewArray& array : arrays) {
+    array.view->device = device;
+    array.view->data = PyLong_AsVoidPtr(call_method(array.made, names().unsafe_buffer_pointer).ptr());
+    set_dense_strides(*array.view);
+  }
+}
+
+}  // namespace gatedelta::python
