@@ -121,10 +121,10 @@ std::optional<DType> half_type(nb::handle numpy_dtype) {
 
 bool on_cuda(std::int32_t dlpack_device) { return dlpack_device == dl_cuda || dlpack_device == dl_cuda_managed; }
 
-nb::object dlpack_capsule(nb::handle array) {
+nb::object dlpack_capsule(const char* name, nb::handle array) {
   std::int32_t device_type = dl_cpu;
   if (framework_of(array) == Framework::jax) {
-    nb::object capsule = jax_export(array);
+    nb::object capsule = jax_export(name, array);
     if (capsule.is_valid()) return capsule;
     (void)call_method(array, names().block_until_ready);  // it may still be computed; then it does not matter where it is
   } else {
@@ -270,7 +270,7 @@ TensorView Arrays::view_cuda_interface(const char* name, nb::handle array, bool 
 }
 
 TensorView Arrays::view_dlpack(const char* name, nb::handle array, bool written) {
-  nb::object capsule = dlpack_capsule(array);
+  nb::object capsule = dlpack_capsule(name, array);
   const DLTensor* source = nullptr;
   bool read_only = false;
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {

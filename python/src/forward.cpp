@@ -65,9 +65,6 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
   Output state_out(std::move(state_out_given)), snapshots(std::move(snapshots_given));
   Arguments in;
   in.q = arrays.read("q", q), in.k = arrays.read("k", k), in.v = arrays.read("v", v);
-  require_rank("q", in.q, 4, "[B, T, HQ, K]");
-  require_rank("k", in.k, 4, "[B, T, HK, K]");
-  require_rank("v", in.v, 4, "[B, T, HV, V]");
   in.a = arrays.read("a", a), in.A_log = arrays.read("A_log", A_log), in.dt_bias = arrays.read("dt_bias", dt_bias);
   in.g = arrays.read("g", g), in.b = arrays.read("b", b), in.beta = arrays.read("beta", beta);
   if (window != nullptr) {
@@ -85,16 +82,9 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
   in.cu_seqlens = arrays.read("cu_seqlens", cu_seqlens);
   in.update_state = update_state;
 
-  Config config;
-  config.q_heads = in.q.shape[2], config.k_heads = in.k.shape[2], config.v_heads = in.v.shape[2];
-  config.key_dim = in.q.shape[3], config.value_dim = in.v.shape[3];
-  config.gate = in.a.defined() ? GateForm::raw : in.g.defined() ? GateForm::log_decay : GateForm::none;
-  config.beta = in.b.defined() ? (negative_eigenvalues ? BetaForm::twice_logits : BetaForm::logits)
-                               : (in.beta.defined() ? BetaForm::value : BetaForm::one);
-  config.qk_l2norm = qk_l2norm, config.l2_eps = l2_eps, config.scale = scale;
-  config.softplus_beta = softplus_beta, config.softplus_threshold = softplus_threshold;
-  config.null_slot = null_slot, config.num_threads = num_threads;
-
+  const Options options{scale,     qk_l2norm,  l2_eps, softplus_beta, softplus_threshold, negative_eigenvalues,
+                        null_slot, num_threads};
+  Config config = configuration(in, options);
   const std::int64_t rows = in.cu_seqlens.defined() ? std::max<std::int64_t>(in.cu_seqlens.shape[0] - 1, 0) : in.q.shape[0];
   const std::int64_t heads = config.heads(), tokens = in.q.shape[1];
   // A new state or snapshot has the dtype of the state that is given.
@@ -117,15 +107,7 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
     in.snapshots = arrays.write("snapshots", snapshots.array);
   arrays.allocate(q, in.q.device, results);
 
-  DTypes& dtypes = config.dtypes;
-  const auto dtype = [](DType& out, const TensorView& first, const TensorView& second = {}) {
-    if (first.defined() || second.defined()) out = first.defined() ? first.dtype : second.dtype;
-  };
-  dtype(dtypes.q, in.q), dtype(dtypes.k, in.k), dtype(dtypes.v, in.v), dtype(dtypes.o, in.o);
-  dtype(dtypes.gate, in.a, in.g), dtype(dtypes.beta, in.b, in.beta);
-  dtype(dtypes.A_log, in.A_log), dtype(dtypes.dt_bias, in.dt_bias), dtype(dtypes.snapshots, in.snapshots);
-  dtype(dtypes.state, in.state, in.state_in.defined() ? in.state_in : in.state_out);
-
+  set_dtypes(config, in);
   const GatedDeltaRule rule(config, backend.value_or(""));
   in.stream = stream_for(arrays, q, in.q.device, stream);
   bool wait = false;
@@ -179,6 +161,33 @@ void check(nb::handle array, Stream stream) {
 }
 
 }  // namespace
+
+Config configuration(const Arguments& in, const Options& options) {
+  require_rank("q", in.q, 4, "[B, T, HQ, K]");
+  require_rank("k", in.k, 4, "[B, T, HK, K]");
+  require_rank("v", in.v, 4, "[B, T, HV, V]");
+  Config config;
+  config.q_heads = in.q.shape[2], config.k_heads = in.k.shape[2], config.v_heads = in.v.shape[2];
+  config.key_dim = in.q.shape[3], config.value_dim = in.v.shape[3];
+  config.gate = in.a.defined() ? GateForm::raw : in.g.defined() ? GateForm::log_decay : GateForm::none;
+  config.beta = in.b.defined() ? (options.negative_eigenvalues ? BetaForm::twice_logits : BetaForm::logits)
+                               : (in.beta.defined() ? BetaForm::value : BetaForm::one);
+  config.qk_l2norm = options.qk_l2norm, config.l2_eps = options.l2_eps, config.scale = options.scale;
+  config.softplus_beta = options.softplus_beta, config.softplus_threshold = options.softplus_threshold;
+  config.null_slot = options.null_slot, config.num_threads = options.num_threads;
+  return config;
+}
+
+void set_dtypes(Config& config, const Arguments& in) {
+  DTypes& dtypes = config.dtypes;
+  const auto dtype = [](DType& out, const TensorView& first, const TensorView& second = {}) {
+    if (first.defined() || second.defined()) out = first.defined() ? first.dtype : second.dtype;
+  };
+  dtype(dtypes.q, in.q), dtype(dtypes.k, in.k), dtype(dtypes.v, in.v), dtype(dtypes.o, in.o);
+  dtype(dtypes.gate, in.a, in.g), dtype(dtypes.beta, in.b, in.beta);
+  dtype(dtypes.A_log, in.A_log), dtype(dtypes.dt_bias, in.dt_bias), dtype(dtypes.snapshots, in.snapshots);
+  dtype(dtypes.state, in.state, in.state_in.defined() ? in.state_in : in.state_out);
+}
 
 void require_rank(const char* name, const TensorView& view, int rank, const char* expected) {
   if (view.rank != rank)

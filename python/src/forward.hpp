@@ -10,11 +10,27 @@
 #include <string_view>
 
 #include "arrays.hpp"
+#include "gatedelta/operator.hpp"
 
 namespace gatedelta::python {
 
 using Name = std::optional<std::string_view>;
 using Stream = std::optional<std::uintptr_t>;
+
+/// What tensors do not say.
+struct Options {
+  std::optional<double> scale;
+  bool qk_l2norm = true;
+  double l2_eps = 1e-6, softplus_beta = 1, softplus_threshold = 20;
+  bool negative_eigenvalues = false;
+  std::int64_t null_slot = -1;
+  int num_threads = 0;
+};
+
+/// The configuration that the tensors of a call and options make, without dtypes, and these, once the results are there as
+/// well.
+Config configuration(const Arguments& in, const Options& options);
+void set_dtypes(Config& config, const Arguments& in);
 
 /// Configurations are read off shapes, so these must have their dimensions.
 void require_rank(const char* name, const TensorView& view, int rank, const char* expected);

@@ -25,8 +25,8 @@ const Names& names() {
 
 /// What is taken from the library that JAX is built on, null where it has none, and from JAX and the module _jax.
 struct Functions {
-  PyObject *export_buffer = nullptr, *single = nullptr;  ///< `single`: the type of shardings of one device
-  PyObject *wait = nullptr, *stock, *call_untraced;      ///< `wait` for a list of arrays
+  PyObject *export_buffer = nullptr, *single = nullptr;       ///< `single`: the type of shardings of one device
+  PyObject *wait = nullptr, *stock, *call_untraced, *tracer;  ///< `wait` for a list of arrays
 
   Functions() {
     PyObject* const library = PyImport_ImportModule("jaxlib._jax");
@@ -41,6 +41,7 @@ struct Functions {
       return nb::getattr(nb::module_::import_(module), name).release().ptr();
     };
     if (wait == nullptr) wait = get("jax", "block_until_ready");
+    tracer = get("jax.core", "Tracer");
     stock = get("gatedelta._jax", "stock"), call_untraced = get("gatedelta._jax", "call_untraced");
   }
 };
@@ -95,19 +96,20 @@ nb::object filled_stock(nb::handle like, std::span<const NewArray> arrays) {
 
 }  // namespace
 
-nb::object jax_export(nb::handle array) {
-  if (functions().export_buffer == nullptr) return {};
+nb::object jax_export(const char* name, nb::handle array) {
   // The function takes arrays on several devices, too, and gives the part on the first one.
   PyObject* const sharding = PyObject_GetAttr(array.ptr(), names()._sharding);
   const bool one = sharding != nullptr && reinterpret_cast<PyObject*>(Py_TYPE(sharding)) == functions().single;
   PyObject* const count = one || sharding == nullptr ? nullptr : PyObject_GetAttr(sharding, names().num_devices);
-  PyObject* const capsule = one || (count != nullptr && PyLong_AsLong(count) == 1)
-                                ? PyObject_CallOneArg(functions().export_buffer, array.ptr())
-                                : nullptr;
+  const bool taken = functions().export_buffer != nullptr && (one || (count != nullptr && PyLong_AsLong(count) == 1));
+  PyObject* const capsule = taken ? PyObject_CallOneArg(functions().export_buffer, array.ptr()) : nullptr;
   Py_XDECREF(count);
   Py_XDECREF(sharding);
-  if (capsule == nullptr) PyErr_Clear();
-  return nb::steal(capsule);
+  if (capsule != nullptr) return nb::steal(capsule);
+  PyErr_Clear();
+  if (PyObject_IsInstance(array.ptr(), functions().tracer) == 1)
+    fail(name, "expected an array, got a traced one: gatedelta.jax.forward goes into functions that JAX compiles");
+  return {};
 }
 
 void jax_make(nb::handle like, Device device, std::span<NewArray> arrays) {

@@ -11,6 +11,7 @@
 #include "forward.hpp"
 #include "gatedelta/gatedelta.hpp"
 #include "window.hpp"
+#include "xla.hpp"
 
 namespace nb = nanobind;
 
@@ -76,4 +77,5 @@ NB_MODULE(_core, module) {
   module.def("backends", &backends, "All backends, in the order in which auto tries them.");
   gatedelta::python::define_windows(module);
   gatedelta::python::define_operator(module);
+  gatedelta::python::define_xla(module);
 }
