@@ -26,6 +26,7 @@ constexpr Family all_families[] = {
     {"invariants", Tokens::mixed,  100'000,  0.2, 0.5, 0.2, 0.2, 0.2, 0.3, 0.2, 0.2},
     {"errors",     Tokens::few,    2'000,    0.3, 0.8, 0.5, 0.5, 0.2, 0.5, 0.1, 0.2},
     {"any",        Tokens::mixed,  100'000,  0.3, 0.6, 0.3, 0.3, 0.3, 0.4, 0.3, 0.4},
+    {"serving",    Tokens::draft,  300'000,  0.0, 0.8, 0.3, 0.3, 0.2, 0.3, 0.0, 0.0, true},
 };
 // clang-format on
 
@@ -93,8 +94,11 @@ class Generator {
         return random_.chance(0.4) ? random_.pick<std::int64_t>({1, 2, 3, 5, 7, 8, 16, 17, 31, 32, 33, 48})
                                    : random_.pick<std::int64_t>({64, 64, 100, 128, 128, 128, 192, 256});
       };
-      config.key_dim = width();
-      config.value_dim = random_.chance(0.4) ? config.key_dim : width();
+      config.key_dim = family_.serving ? random_.pick<std::int64_t>({64, 128}) : width();
+      if (random_.chance(0.4))
+        config.value_dim = config.key_dim;
+      else
+        config.value_dim = family_.serving ? 32 * random_.integer(1, 6) : width();
       rows_ = random_.chance(0.02) ? 0 : random_.pick<std::int64_t>({1, 1, 1, 2, 2, 3, 4, 5, 8, 17});
     } while (std::max<std::int64_t>(tokens_, 1) * (varlen_ ? 1 : rows_) * config.heads() * config.key_dim * config.value_dim >
              budget);
@@ -111,7 +115,10 @@ class Generator {
     config.softplus_threshold = random_.pick({20.0, 20.0, 5.0, 0.5});
     config.null_slot = random_.pick<std::int64_t>({-1, -1, 0, 2});
     c_.update_state = random_.chance(0.85);
-    c_.aligned = random_.chance(0.6);
+    c_.aligned = family_.serving || random_.chance(0.6);
+    if (!family_.serving) return;
+    value_last_ = random_.chance(0.25);
+    if (random_.chance(0.5)) config.gate = GateForm::raw, config.beta = BetaForm::logits, config.qk_l2norm = true;
   }
 
   void choose_dtypes() {
@@ -123,9 +130,9 @@ class Generator {
       return;
     }
     // As models have them: activations of one kind, parameters and states often wider.
-    d.q = d.k = d.v = d.o = d.gate = d.beta = any();
+    d.q = d.k = d.v = d.o = d.gate = d.beta = family_.serving ? DType::bf16 : any();
     d.A_log = d.dt_bias = random_.chance(0.5) ? DType::f32 : d.q;
-    d.state = random_.chance(0.6) ? DType::f32 : any();
+    d.state = !family_.serving && random_.chance(0.6) ? DType::f32 : any();
     d.snapshots = random_.chance(0.7) ? d.state : any();
   }
 
@@ -289,11 +296,11 @@ class Generator {
     const std::size_t rank = shape.size();
     const bool state = rank == 5 || (rank == 4 && shape[1] == c_.config.heads() && shape[3] == c_.config.key_dim &&
                                      shape[2] == c_.config.value_dim);
-    if (state && random_.chance(0.4)) {
+    if (state && (family_.serving ? value_last_ : random_.chance(0.4))) {
       strides[rank - 1] = shape[rank - 2];
       strides[rank - 2] = 1;
     }
-    if (random_.chance(0.3)) strides[0] += random_.pick<std::int64_t>({1, 3, 16, 64});
+    if (random_.chance(0.3)) strides[0] += family_.serving ? 16 : random_.pick<std::int64_t>({1, 3, 16, 64});
     return strides;
   }
 
@@ -322,6 +329,7 @@ class Generator {
   Case c_;
   std::int64_t tokens_ = 0, rows_ = 0, longest_ = 0, slots_ = 0;
   bool varlen_ = false;
+  bool value_last_ = false;  ///< serving: of all states
 };
 
 }  // namespace

@@ -27,6 +27,8 @@ struct Family {
   double split;        ///< write_slots other than read_slots
   double layout;       ///< arbitrary strides, of each tensor
   double dtypes;       ///< every tensor with a dtype of its own
+  /// As models call the operator: bfloat16, vectors everywhere, sizes and gates that backends have kernels of their own for.
+  bool serving = false;
 };
 
 /// The families of random cases; "any" covers the whole contract.

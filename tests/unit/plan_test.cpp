@@ -90,9 +90,9 @@ TEST_CASE("a call's form decides its kernel, the number of rows its shape alone"
             Form form{.tokens = tokens, .key_dim = key_dim, .state = state, .value_last = value_last, .variable = variable};
             form.rows = 1;
             const Plan one = plan_of(form);
-            const bool serving = !variable && key_dim <= 128 && tokens >= (value_last ? 1 : 2) && tokens <= 8;
+            const bool serving = !variable && key_dim <= 128 && tokens >= (value_last ? 1 : 2) && tokens <= 16;
             CHECK(one.kernel == (serving ? Kernel::serving : tokens == 1 && !variable ? Kernel::decode : Kernel::verify));
-            if (serving) CHECK(one.token_tile == (tokens == 1 ? 1 : tokens <= 4 ? 4 : 8));
+            if (serving) CHECK(one.token_tile == (tokens == 1 ? 1 : tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16));
             CHECK(one.value_last == value_last);
             CHECK(one.common == !(one.kernel == Kernel::decode && value_last));
             for (const std::int64_t rows : {2, 7, 64, 512, 70000}) {

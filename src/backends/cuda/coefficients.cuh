@@ -56,6 +56,12 @@ __device__ __forceinline__ void multiply_columns(const Pair (&rows)[runs][pairs]
   }
 }
 
+template <int runs, int pairs>
+__device__ __forceinline__ void copy_pairs(Pair (&out)[4], const Pair (&words)[runs][pairs], int first) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) out[e] = words[(first + e) / pairs][(first + e) % pairs];
+}
+
 template <int blocks, int runs, int pairs>
 __device__ void forget_all(Pair (&words)[blocks][runs][pairs]) {
 #pragma unroll
@@ -102,12 +108,16 @@ template <int key_dim, int token_tile, int width>
 class TokenColumns {
  public:
   static_assert(token_tile == 4 || token_tile == 8);
+  static constexpr int groups = 1;  ///< of 8 columns, for the keys
   static constexpr int blocks = token_tile / 4, runs = key_dim / (4 * width);
   static constexpr bool beside = token_tile == 4;  ///< keys and queries share a block
 
   // Factors of S k_t and v_t in R_t, and of S q_t in o_t, for the lane's columns.
-  float key_factor[2], value_factor[2], query_factor[2];
+  float key_factor[groups][2], value_factor[groups][2], query_factor[groups][2];
   float key_norm[2];  ///< what normalises the keys of the lane's columns; for windows
+
+  /// `memory`: the block's; what there is has room in registers.
+  __device__ explicit TokenColumns(void* /*memory*/) {}
 
   /// The token whose v is wanted in column g, and the one whose outputs are in column g of the last block; negative for none.
   __device__ static int value_of(int g) { return g; }
@@ -115,6 +125,8 @@ class TokenColumns {
   /// Of column g of a block, the keys (or of a query) width (c + 4i) + 2j, + 1.
   __device__ Pair pair(int block, int i, int j) const { return words_[block][i][j]; }
   __device__ const Pair (&run(int block, int i) const)[width / 2] { return words_[block][i]; }
+  /// Four of them, from the pair of this number in the order of i and j.
+  __device__ void load_pairs(Pair (&out)[4], int block, int first) const { copy_pairs(out, words_[block], first); }
 
   __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int count, int g, int c) {
     const auto token = static_cast<unsigned>(g % token_tile);
@@ -129,6 +141,9 @@ class TokenColumns {
   __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int count, int g) {
     if (const int token = g % token_tile; token < count) gates_.fetch<common>(p, n, static_cast<unsigned>(token), h);
   }
+
+  /// Hands what was fetched to the other warps of the block, where they have no columns of their own.
+  __device__ void share(int, int) {}
 
   template <bool common>
   __device__ void prepare(const FastParams& p, int count, int g, int c) {
@@ -177,9 +192,9 @@ class TokenColumns {
       const float norm = shuffle(row_factor, from), query_norm = shuffle(row_query_factor, from);
       key_norm[e] = key_columns ? norm : 0.0f;
       const float column_decay = shuffle(prefix_, from), column_beta = shuffle(beta, from);
-      key_factor[e] = key_columns ? -column_beta * (column_decay * norm) : 0.0f;
-      value_factor[e] = key_columns ? column_beta : 0.0f;
-      query_factor[e] = !beside || c >= 2 ? p.scale * (column_decay * query_norm) : 0.0f;
+      key_factor[0][e] = key_columns ? -column_beta * (column_decay * norm) : 0.0f;
+      value_factor[0][e] = key_columns ? column_beta : 0.0f;
+      query_factor[0][e] = !beside || c >= 2 ? p.scale * (column_decay * query_norm) : 0.0f;
       decays_[e] = key_columns && column[e] <= t ? decays_[e] * norm : 0.0f;
       left[e] = key_row && column[e] < t ? -beta * (row_factor * products[e] * decays_[e]) : 0.0f;
       right[e] = p.scale * (row_query_factor * read_outs[e] * decays_[e]);
@@ -208,7 +223,7 @@ class TokenColumns {
   __device__ void pass(SharedNumbers numbers) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      numbers.pass(key_factor[e]), numbers.pass(value_factor[e]), numbers.pass(query_factor[e]);
+      numbers.pass(key_factor[0][e]), numbers.pass(value_factor[0][e]), numbers.pass(query_factor[0][e]);
       numbers.pass(decays_[e]);
     }
     numbers.pass(prefix_);
@@ -224,11 +239,11 @@ class TokenColumns {
   __device__ float log_decay() const { return log_decay_; }
 
   /// From R (rows g and g + 8 of 16) to the corrections U; adds to the outputs, which are in the columns of queries.
-  __device__ void solve(const float (&in)[2][2], float (&corrections)[4], float (&out)[4]) const {
+  __device__ void solve(const float (&in)[1][2][2], float (&corrections)[1][4], float (&out)[1][4]) const {
     Pair a[3][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      split_in_three(in[half][0], in[half][1], [&](int part) -> Pair& { return a[part][half]; });
+      split_in_three(in[0][half][0], in[0][half][1], [&](int part) -> Pair& { return a[part][half]; });
     const auto multiply = [&](float(&d)[4], const Pair(&b)[3]) {
       multiply_add(d, a[2][0], a[2][1], a[1][0], a[1][1], b[0], b[1]);
       multiply_add(d, a[0][0], a[0][1], a[1][0], a[1][1], b[2], b[0]);
@@ -236,13 +251,13 @@ class TokenColumns {
     };
     if constexpr (beside) {
       // One product gives both: corrections in the first four columns, where `out` is zero, outputs in the others.
-      multiply(out, solutions_[0]);
+      multiply(out[0], solutions_[0]);
       const bool key_columns = threadIdx.x % 4 < 2;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) corrections[e] = key_columns ? out[e] : 0.0f;
+      for (int e = 0; e < 4; ++e) corrections[0][e] = key_columns ? out[0][e] : 0.0f;
     } else {
-      multiply(corrections, solutions_[0]);
-      multiply(out, solutions_[blocks - 1]);
+      multiply(corrections[0], solutions_[0]);
+      multiply(out[0], solutions_[blocks - 1]);
     }
   }
 
@@ -250,8 +265,8 @@ class TokenColumns {
 
   /// The decay of the state up to token t, and the factors of u_j k_j^T in the state after it.
   __device__ float decay_to(int t) const { return shuffle(prefix_, 4 * t); }
-  __device__ void factors_to(int t, int c, float (&out)[2]) const {
-    out[0] = shuffle(decays_[0], 4 * t + c), out[1] = shuffle(decays_[1], 4 * t + c);
+  __device__ void factors_to(int t, int c, float (&out)[1][2]) const {
+    out[0][0] = shuffle(decays_[0], 4 * t + c), out[0][1] = shuffle(decays_[1], 4 * t + c);
   }
 
   /// Corrections of the lane's columns, with their factors, as a fragment.
@@ -259,11 +274,15 @@ class TokenColumns {
   __device__ static void split(float x, float y, int, Pair (&out)[fragment]) {
     split_in_three(x, y, [&](int part) -> Pair& { return out[part]; });
   }
-  /// d += U k^T for rows g and g + 8 and the keys of pair(0, i, j).
-  __device__ void multiply_keys(float (&d)[4], const Pair (&low)[fragment], const Pair (&high)[fragment], int i, int j) const {
-    const Pair column = transposed(words_[0][i][j]);
-    multiply_add(d, low[2], high[2], column);
-    multiply_add(d, low[0], high[0], low[1], high[1], column, column);
+  /// d += U k^T for rows g and g + 8 and the keys of pair(0, i, j) and pair(0, i, j + 1).
+  __device__ void multiply_keys(float (&d)[2][4], const Pair (&u)[1][2][fragment], int i, int j) const {
+    const auto& [low, high] = u[0];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const Pair column = transposed(words_[0][i][j + e]);
+      multiply_add(d[e], low[2], high[2], column);
+      multiply_add(d[e], low[0], high[0], low[1], high[1], column, column);
+    }
   }
 
  private:
@@ -280,14 +299,17 @@ class TokenColumns {
 template <int key_dim, int width>
 class TokenColumns<key_dim, 1, width> {
  public:
-  static constexpr int blocks = 1, runs = key_dim / (4 * width);
+  static constexpr int groups = 1, blocks = 1, runs = key_dim / (4 * width);
 
-  float key_factor[2], value_factor[2], query_factor[2], key_norm[2];
+  float key_factor[1][2], value_factor[1][2], query_factor[1][2], key_norm[2];
+
+  __device__ explicit TokenColumns(void* /*memory*/) {}
 
   __device__ static int value_of(int g) { return g == 0 || g == 2 ? 0 : -1; }
   __device__ static int query_of(int g) { return g == 1 ? 0 : -1; }
   __device__ Pair pair(int block, int i, int j) const { return words_[block][i][j]; }
   __device__ const Pair (&run(int block, int i) const)[width / 2] { return words_[block][i]; }
+  __device__ void load_pairs(Pair (&out)[4], int block, int first) const { copy_pairs(out, words_[block], first); }
 
   __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int, int g, int c) {
     fetch_column<width>(words_[0], p, g == 1, g < 4, n, 0u, h, c);
@@ -296,6 +318,8 @@ class TokenColumns<key_dim, 1, width> {
   __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int, int) {
     gates_.fetch<common>(p, n, 0u, h);
   }
+
+  __device__ void share(int, int) {}
 
   template <bool common>
   __device__ void prepare(const FastParams& p, int, int, int c) {
@@ -308,14 +332,15 @@ class TokenColumns<key_dim, 1, width> {
     key_norm[0] = key_norm_, key_norm[1] = 0;
     const float query_scale = p.scale * normalisation<common>(p, shuffle(products[1], 4));
     read_out_ = query_scale * (key_norm_ * shuffle(products[1], 0));
-    key_factor[0] = -beta * (decay_ * key_norm_), value_factor[0] = beta, query_factor[0] = 0;
-    key_factor[1] = value_factor[1] = 0, query_factor[1] = c == 0 ? query_scale * decay_ : 0.0f;
+    key_factor[0][0] = -beta * (decay_ * key_norm_), value_factor[0][0] = beta, query_factor[0][0] = 0;
+    key_factor[0][1] = value_factor[0][1] = 0, query_factor[0][1] = c == 0 ? query_scale * decay_ : 0.0f;
   }
 
   static constexpr std::size_t shared_bytes = 128 * 9;
   __device__ void pass(SharedNumbers numbers) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) numbers.pass(key_factor[e]), numbers.pass(value_factor[e]), numbers.pass(query_factor[e]);
+    for (int e = 0; e < 2; ++e)
+      numbers.pass(key_factor[0][e]), numbers.pass(value_factor[0][e]), numbers.pass(query_factor[0][e]);
     numbers.pass(decay_), numbers.pass(key_norm_), numbers.pass(read_out_);
   }
 
@@ -323,28 +348,29 @@ class TokenColumns<key_dim, 1, width> {
   /// entry. Lane 0 knows them.
   static constexpr int factor_count = 5;
   __device__ void store_factors(float* to) const {
-    to[0] = value_factor[0], to[1] = key_factor[0], to[2] = query_factor[1], to[3] = read_out_, to[4] = key_norm_;
+    to[0] = value_factor[0][0], to[1] = key_factor[0][0], to[2] = query_factor[0][1], to[3] = read_out_, to[4] = key_norm_;
   }
   __device__ float log_decay() const { return log_decay_; }
 
-  __device__ void solve(const float (&in)[2][2], float (&corrections)[4], float (&out)[4]) const {
+  __device__ void solve(const float (&in)[1][2][2], float (&corrections)[1][4], float (&out)[1][4]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      corrections[2 * half] = in[half][0], corrections[2 * half + 1] = 0;
-      out[2 * half + 1] += read_out_ * in[half][0];
+      corrections[0][2 * half] = in[0][half][0], corrections[0][2 * half + 1] = 0;
+      out[0][2 * half + 1] += read_out_ * in[0][half][0];
     }
   }
 
   __device__ float decay_to(int) const { return decay_; }
-  __device__ void factors_to(int, int, float (&out)[2]) const { out[0] = key_norm_, out[1] = 0; }
+  __device__ void factors_to(int, int, float (&out)[1][2]) const { out[0][0] = key_norm_, out[0][1] = 0; }
 
   static constexpr int fragment = 1;
   __device__ static void split(float x, float, int c, Pair (&out)[fragment]) {
     const std::uint32_t first = take_upper(x), second = take_upper(x);
     out[0] = c == 0 ? first >> 16 : c == 1 ? __byte_perm(second, __float_as_uint(x), 0x7632) : 0;
   }
-  __device__ void multiply_keys(float (&d)[4], const Pair (&low)[fragment], const Pair (&high)[fragment], int i, int j) const {
-    multiply_add(d, low[0], high[0], transposed(words_[0][i][j]));
+  __device__ void multiply_keys(float (&d)[2][4], const Pair (&u)[1][2][fragment], int i, int j) const {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) multiply_add(d[e], u[0][0][0], u[0][1][0], transposed(words_[0][i][j + e]));
   }
 
   __device__ void forget() { forget_all(words_); }

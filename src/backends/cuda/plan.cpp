@@ -61,7 +61,14 @@ bool has_usual_gates(const ForwardParams& p) {
          p.beta.dtype == DType::bf16 && !p.store_tokens && p.accepted.data == nullptr;
 }
 
-int token_tile_of(const ForwardParams& p) { return p.tokens == 1 ? 1 : p.tokens <= 4 ? 4 : 8; }
+int token_tile_of(const ForwardParams& p) { return p.tokens == 1 ? 1 : p.tokens <= 4 ? 4 : p.tokens <= 8 ? 8 : 16; }
+
+/// More than 8 tokens move 16 bytes of v and o at a time.
+bool fits_serving(const ForwardParams& p, bool value_last) {
+  return p.cu_seqlens.data == nullptr && p.tokens >= (value_last ? 1 : 2) && p.tokens <= 16 && p.key_dim <= 128 &&
+         (p.tokens <= 8 || (has_vectors(p.v, 3, 8) && has_vectors(p.o, 3, 8))) &&
+         (p.snapshots.data == nullptr || p.snapshots.dtype == p.state_dtype);
+}
 
 bool has_kernel(const Plan& plan, const Shape& shape) {
   if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4) || shape.span < 1) return false;
@@ -121,8 +128,7 @@ Plan make_plan(const ForwardParams& p) {
 
   const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
   const bool snapshots = p.snapshots.data != nullptr, variable = p.cu_seqlens.data != nullptr;
-  if (vectors && !variable && p.tokens >= (plan.value_last ? 1 : 2) && p.tokens <= 8 && p.key_dim <= 128 &&
-      (!snapshots || p.snapshots.dtype == p.state_dtype)) {
+  if (vectors && fits_serving(p, plan.value_last)) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p);
     plan.common = usual;

@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
 
   RowSlots<true> slots;
   slots.fetch(p, n, static_cast<unsigned>(lane));
-  Tokens tokens;
+  Tokens tokens(nullptr);
   if (has_tokens || warp < heads) tokens.fetch(p, n, has_tokens ? tokens_head : first_head + warp, count, g, c);
   if (has_tokens) {
     tokens.template fetch_gates<common>(p, n, tokens_head, count, g);
@@ -437,7 +437,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
         const float first = result_of(0), second = result_of(1);
         result[first_value] = __bfloat16_as_ushort(__float2bfloat16_rn(c % 2 == 0 ? first : second));
       } else {
-        float in[2][2] = {}, out[4] = {}, u[4] = {};
+        float in[1][2][2] = {}, out[1][4] = {}, u[1][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           Pair word = 0;
@@ -446,17 +446,17 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
           widen(transposed(word), v[0], v[1], __nv_bfloat16{});
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            in[half][e] = tokens.key_factor[e] * products[0][0][2 * half + e] + tokens.value_factor[e] * v[e];
-            out[2 * half + e] = tokens.query_factor[e] * products[0][blocks - 1][2 * half + e];
+            in[0][half][e] = tokens.key_factor[0][e] * products[0][0][2 * half + e] + tokens.value_factor[0][e] * v[e];
+            out[0][2 * half + e] = tokens.query_factor[0][e] * products[0][blocks - 1][2 * half + e];
           }
         }
         tokens.solve(in, u, out);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const Pair pair = transposed(narrow(out[2 * half], out[2 * half + 1], __nv_bfloat16{}));
+          const Pair pair = transposed(narrow(out[0][2 * half], out[0][2 * half + 1], __nv_bfloat16{}));
           if (has_o) *reinterpret_cast<Pair*>(o + first_value + 8 * half) = pair;
           const Pair entry =
-              transposed(narrow(tokens.key_norm[0] * u[2 * half], tokens.key_norm[1] * u[2 * half + 1], __nv_bfloat16{}));
+              transposed(narrow(tokens.key_norm[0] * u[0][2 * half], tokens.key_norm[1] * u[0][2 * half + 1], __nv_bfloat16{}));
           if (g < count) *reinterpret_cast<Pair*>(new_corrections + first_value + 8 * half) = entry;
         }
       }

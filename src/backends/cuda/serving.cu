@@ -13,10 +13,10 @@ FastKernel describe() {
   using Unit = StateUnit<State, key_dim, value_last>;
   return {reinterpret_cast<const void*>(kernel),
           Unit::rows,
-          serving_stages<value_last> * serving_stage_bytes<Unit>,
+          serving_stages<value_last> * serving_stage_bytes<Unit, token_tile>,
           0,
           Unit::bytes,
-          TokenColumns<key_dim, token_tile, Unit::width>::shared_bytes};
+          ServingTokens<Unit, token_tile>::shared_bytes};
 }
 
 template <int key_dim, int token_tile, bool common>
@@ -34,8 +34,10 @@ FastKernel find(const Plan& plan) {
       return find<key_dim, 1, common>(plan);
     case 4:
       return find<key_dim, 4, common>(plan);
-    default:
+    case 8:
       return find<key_dim, 8, common>(plan);
+    default:
+      return find<key_dim, 16, common>(plan);
   }
 }
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "backends/cuda/coefficients.cuh"
 #include "backends/cuda/rows.cuh"
 #include "backends/cuda/state_unit.cuh"
+#include "backends/cuda/value_tile.cuh"
+#include "backends/cuda/wide_columns.cuh"
 
 // The call of a model that is serving: as many tokens in every row, at most `token_tile`, q, k, v and o in bfloat16. The state
 // is read once and does nothing but be multiplied, on the tensor cores. With value rows as rows of the products and tokens as
@@ -23,20 +24,31 @@ constexpr int serving_max_warps = 4;  ///< of a block
 template <bool value_last>
 constexpr int serving_stages = value_last ? 1 : 2;
 
-/// A unit of the state, and of v the pairs that each lane needs with it.
-template <class Unit>
-constexpr int serving_stage_bytes = static_cast<int>(Unit::bytes) + Unit::tiles* Unit::halves * 32 * 4;
+template <class Unit, int token_tile>
+using ServingTokens = TokenColumns<Unit::keys, token_tile, Unit::width>;
+template <class Unit, int token_tile>
+using ServingValues =
+    std::conditional_t<token_tile == 16, ValueVectors<Unit>, ValuePairs<Unit, ServingTokens<Unit, token_tile>>>;
+
+/// A unit of the state, and what is needed of v with it.
+template <class Unit, int token_tile>
+constexpr int serving_stage_bytes = static_cast<int>(Unit::bytes) + ServingValues<Unit, token_tile>::bytes;
 
 /// Blocks that are to fit on a multiprocessor: as shared memory and registers allow, the latter by an estimate of what a thread
 /// needs beside fragments.
-template <class Unit, int token_tile, bool value_last, bool common>
+template <class State, class Unit, int token_tile, bool value_last, bool common>
 constexpr int serving_blocks() {
-  constexpr int memory = 227 * 1024 / (serving_max_warps * serving_stages<value_last> * serving_stage_bytes<Unit>);
-  constexpr int fragments = TokenColumns<Unit::keys, token_tile, Unit::width>::blocks * Unit::keys / 8;
+  constexpr bool wide = token_tile == 16;
+  constexpr int memory = 227 * 1024 /
+                         (serving_max_warps * serving_stages<value_last> * serving_stage_bytes<Unit, token_tile> +
+                          (wide ? static_cast<int>(ServingTokens<Unit, token_tile>::shared_bytes) + 1024 : 0));
+  constexpr int fragments = wide ? 0 : ServingTokens<Unit, token_tile>::blocks * Unit::keys / 8;
   constexpr int others = (token_tile == 1   ? 72
                           : token_tile == 4 ? 80
-                                            : 88) +
-                         (Unit::pair_words == 2 ? 16 : 0) + (value_last ? 24 : 0) + (common ? 0 : 16);
+                          : token_tile == 8 ? 88
+                                            : 113) +
+                         (Unit::pair_words == 2 || (wide && state_parts_of < State >> 1) ? 16 : 0) + (value_last ? 24 : 0) +
+                         (common ? 0 : 16);
   constexpr int registers = 65536 / (32 * serving_max_warps * (fragments + others));
   return memory < registers ? memory : registers;
 }
@@ -45,13 +57,13 @@ constexpr int serving_blocks() {
 /// of a block works out what the tokens need for all. `common`: the gate is raw and beta are logits, both bfloat16, q and k are
 /// normalised, and slots are not per token.
 template <class State, int key_dim, bool value_last, int token_tile, bool common>
-__global__ void __launch_bounds__(32 * serving_max_warps,
-                                  serving_blocks<StateUnit<State, key_dim, value_last>, token_tile, value_last, common>())
+__global__ void __launch_bounds__(
+    32 * serving_max_warps, serving_blocks<State, StateUnit<State, key_dim, value_last>, token_tile, value_last, common>())
     serving_kernel(const __grid_constant__ FastParams p) {
   using Unit = StateUnit<State, key_dim, value_last>;
-  using Tokens = TokenColumns<key_dim, token_tile, Unit::width>;
+  using Tokens = ServingTokens<Unit, token_tile>;
   constexpr int pairs = Unit::width / 2, halves = Unit::halves, runs = Unit::runs, parts = state_parts_of<State>;
-  constexpr int stages = serving_stages<value_last>, stage_bytes = serving_stage_bytes<Unit>;
+  constexpr int stages = serving_stages<value_last>, stage_bytes = serving_stage_bytes<Unit, token_tile>;
   const auto warp = threadIdx.x / 32;
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
   const unsigned n = p.first_row + blockIdx.z, h = blockIdx.y;
@@ -64,26 +76,12 @@ __global__ void __launch_bounds__(32 * serving_max_warps,
   char* const memory = shared_address(
       shared, Tokens::shared_bytes + warp * (stages * stage_bytes + (stores_each ? static_cast<unsigned>(Unit::bytes) : 0)));
   const auto unit_at = [&](int stage) { return Unit(memory + stage * stage_bytes, static_cast<unsigned>(lane), p.value_dim); };
-  Tokens tokens;
+  Tokens tokens(shared);
+  const ServingValues<Unit, token_tile> values(p, n, h, lane);
   RowSlots<common> slots;
   slots.fetch(p, n, static_cast<unsigned>(lane));
-  // v goes through the stages, too, though each lane fetches what it needs itself.
-  const int v_token = Tokens::value_of(g);
-  const auto has_v = [&] { return v_token >= 0 && v_token < static_cast<int>(p.tokens); };
-  const auto v_word = [&](int stage, int m, int half) {
-    return reinterpret_cast<Pair*>(memory + stage * stage_bytes + Unit::bytes) + (m * halves + half) * 32 + lane;
-  };
-  const auto fetch_values = [&](int stage, int first_value) {
-    if (!has_v()) return;
-    const auto* const v = static_cast<const std::uint16_t*>(p.v.data) +
-                          offset_of(p.v, n, static_cast<unsigned>(v_token), head_of(h, p.v_group)) + first_value + 2 * c;
-#pragma unroll
-    for (int m = 0; m < Unit::tiles; ++m)
-#pragma unroll
-      for (int half = 0; half < halves; ++half)
-        if (const int value = m * Unit::tile_rows + 8 * half; first_value + value < span_end)
-          __pipeline_memcpy_async(v_word(stage, m, half), v + value, sizeof(Pair));
-  };
+  const auto values_at = [&](int stage) { return memory + stage * stage_bytes + Unit::bytes; };
+  const auto fetch_values = [&](int stage, int first_value) { values.fetch(values_at(stage), first_value, span_end); };
   const auto fetch_unit = [&](int stage, int first_value) {
     if (first_value < span_end) {
       if (slots.source >= 0 && p.initial_state)
@@ -113,16 +111,12 @@ __global__ void __launch_bounds__(32 * serving_max_warps,
     __pipeline_commit();
   else
     begin();
-  const auto store_output = [&](int t, int value, Pair pair) {
-    auto* const to = static_cast<std::uint16_t*>(p.o.data) + offset_of(p.o, n, static_cast<unsigned>(t), h) + value + 2 * c;
-    *reinterpret_cast<std::uint32_t*>(to) = pair;
-  };
   if (slots.source < 0) {
     __pipeline_wait_prior(0);
-    for (int value = span_begin; value < span_end; value += 8)
-      if (g < count) store_output(g, value, 0);
+    values.zero(span_begin, span_end);
     return;
   }
+  tokens.share(g, c);
   // One warp works for all.
   if (warp == 0) tokens.template prepare<common>(p, count, g, c);
   if (blockDim.x > 32) {
@@ -153,12 +147,17 @@ __global__ void __launch_bounds__(32 * serving_max_warps,
       // Two sums do not wait for each other.
       constexpr int chains = token_tile < 8 ? 2 : 1;
       float products[chains][Tokens::blocks][4] = {};
+      Pair columns[Tokens::blocks][4];
 #pragma unroll
       for (int i = 0; i < runs; ++i) {
         std::uint32_t state[halves][4];
         load_run(state, unit, m, i);
+        if (i * pairs % 4 == 0)
+#pragma unroll
+          for (int block = 0; block < Tokens::blocks; ++block) tokens.load_pairs(columns[block], block, i * pairs);
 #pragma unroll
         for (int j = 0; j < pairs; j += 2) {
+          const int column = (i * pairs + j) % 4;
           Pair a[parts][2][2] = {};
 #pragma unroll
           for (int half = 0; half < halves; ++half)
@@ -169,34 +168,34 @@ __global__ void __launch_bounds__(32 * serving_max_warps,
 #pragma unroll
             for (int part = 0; part < parts; ++part)
               multiply_add(products[(i * pairs / 2 + j / 2) % chains][block], a[part][0][0], a[part][0][1], a[part][1][0],
-                           a[part][1][1], tokens.pair(block, i, j), tokens.pair(block, i, j + 1));
+                           a[part][1][1], columns[block][column], columns[block][column + 1]);
         }
       }
 
-      float in[2][2] = {}, out[4] = {}, u[4] = {};
+      constexpr int groups = Tokens::groups;
+      float in[groups][2][2] = {}, out[groups][4] = {}, u[groups][4] = {};
+      Pair v[groups][halves];
+      values.load(v, values_at(stage), m);
 #pragma unroll
-      for (int half = 0; half < halves; ++half) {
-        float values[2];
-        widen(transposed(has_v() ? *v_word(stage, m, half) : 0), values[0], values[1], __nv_bfloat16{});
+      for (int group = 0; group < groups; ++group)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float recalled = 0, read_out = 0;
+        for (int half = 0; half < halves; ++half) {
+          float v_values[2];
+          widen(v[group][half], v_values[0], v_values[1], __nv_bfloat16{});
 #pragma unroll
-          for (const auto& sums : products) {
-            recalled += sums[0][2 * half + e];
-            read_out += sums[Tokens::blocks - 1][2 * half + e];
+          for (int e = 0; e < 2; ++e) {
+            float recalled = 0, read_out = 0;
+#pragma unroll
+            for (const auto& sums : products) {
+              recalled += sums[group][2 * half + e];
+              read_out += sums[Tokens::blocks - groups + group][2 * half + e];
+            }
+            in[group][half][e] = tokens.key_factor[group][e] * recalled + tokens.value_factor[group][e] * v_values[e];
+            out[group][2 * half + e] = tokens.query_factor[group][e] * read_out;
           }
-          in[half][e] = tokens.key_factor[e] * recalled + tokens.value_factor[e] * values[e];
-          out[2 * half + e] = tokens.query_factor[e] * read_out;
         }
-      }
       tokens.solve(in, u, out);
-#pragma unroll
-      for (int half = 0; half < halves; ++half) {
-        const Pair pair = transposed(narrow(out[2 * half], out[2 * half + 1], __nv_bfloat16{}));
-        const int t = Tokens::query_of(g);
-        if (t >= 0 && t < count) store_output(t, first_value + 8 * half, pair);
-      }
+      values.store(out, values_at(stage), m, first_value);
 
       // States: the last one, or that after each token.
 #pragma unroll 1
@@ -205,26 +204,31 @@ __global__ void __launch_bounds__(32 * serving_max_warps,
         const Unit to = stores_each ? unit_at(stages) : unit;
         tokens.forget();
         const float decay = tokens.decay_to(t);
-        float factor[2];
+        float factor[groups][2];
         tokens.factors_to(t, c, factor);
-        Pair fragments[2][Tokens::fragment] = {};
+        Pair fragments[groups][2][Tokens::fragment] = {};
 #pragma unroll
-        for (int half = 0; half < halves; ++half)
-          Tokens::split(factor[0] * u[2 * half], factor[1] * u[2 * half + 1], c, fragments[half]);
+        for (int group = 0; group < groups; ++group)
+#pragma unroll
+          for (int half = 0; half < halves; ++half)
+            Tokens::split(factor[group][0] * u[group][2 * half], factor[group][1] * u[group][2 * half + 1], c,
+                          fragments[group][half]);
 #pragma unroll
         for (int i = 0; i < runs; ++i) {
           std::uint32_t state[halves][4];
           load_run(state, unit, m, i);
 #pragma unroll
-          for (int j = 0; j < pairs; ++j) {
-            float d[4] = {};
-            tokens.multiply_keys(d, fragments[0], fragments[1], i, j);
+          for (int j = 0; j < pairs; j += 2) {
+            float d[2][4] = {};
+            tokens.multiply_keys(d, fragments, i, j);
 #pragma unroll
-            for (int half = 0; half < halves; ++half) {
-              float x, y;
-              Unit::values(state[half], j, x, y);
-              Unit::pack(state[half], j, decay * x + d[2 * half], decay * y + d[2 * half + 1]);
-            }
+            for (int e = 0; e < 2; ++e)
+#pragma unroll
+              for (int half = 0; half < halves; ++half) {
+                float x, y;
+                Unit::values(state[half], j + e, x, y);
+                Unit::pack(state[half], j + e, decay * x + d[e][2 * half], decay * y + d[e][2 * half + 1]);
+              }
           }
 #pragma unroll
           for (int half = 0; half < halves; ++half) to.store(state[half], m, half, i);

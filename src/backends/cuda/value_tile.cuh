@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "backends/cuda/vectors.cuh"
+
+// What a warp moves of v and o with a unit of the state, for the kernels of the serving form: bfloat16, and their value rows
+// are together in memory. v goes through shared memory behind the unit.
+namespace gatedelta::cuda {
+
+/// Up to 8 tokens: each lane copies and stores the pairs that it has, two values of token g in each half of a tile.
+template <class Unit, class Tokens>
+class ValuePairs {
+ public:
+  static constexpr int groups = Tokens::groups, halves = Unit::halves;
+  static constexpr int bytes = Unit::tiles * halves * 32 * 4;
+
+  __device__ ValuePairs(const FastParams& p, unsigned n, unsigned h, int lane)
+      : p_(p), n_(n), h_(h), lane_(lane), g_(lane / 4), c_(lane % 4) {}
+
+  /// Starts the copy of a unit's values from this one up to the end of the span.
+  __device__ void fetch(char* memory, int first_value, int span_end) const {
+    if (!has_v()) return;
+    const auto* const v = static_cast<const std::uint16_t*>(p_.v.data) +
+                          offset_of(p_.v, n_, static_cast<unsigned>(Tokens::value_of(g_)), head_of(h_, p_.v_group)) +
+                          first_value + 2 * c_;
+#pragma unroll
+    for (int m = 0; m < Unit::tiles; ++m)
+#pragma unroll
+      for (int half = 0; half < halves; ++half)
+        if (const int value = m * Unit::tile_rows + 8 * half; first_value + value < span_end)
+          __pipeline_memcpy_async(word(memory, m, half), v + value, sizeof(Pair));
+  }
+  /// Of tile m, columns 2c and 2c + 1 of row g of each half.
+  __device__ void load(Pair (&out)[groups][halves], char* memory, int m) const {
+#pragma unroll
+    for (int half = 0; half < halves; ++half) out[0][half] = transposed(has_v() ? *word(memory, m, half) : 0);
+  }
+  /// Outputs of tile m, which begins with this value.
+  __device__ void store(const float (&out)[groups][4], char*, int, int first_value) const {
+#pragma unroll
+    for (int half = 0; half < halves; ++half) {
+      const Pair pair = transposed(narrow(out[0][2 * half], out[0][2 * half + 1], __nv_bfloat16{}));
+      const int t = Tokens::query_of(g_);
+      if (t >= 0 && t < count()) store(t, first_value + 8 * half, pair);
+    }
+  }
+  __device__ void zero(int first_value, int span_end) const {
+    for (int value = first_value; value < span_end; value += 8)
+      if (g_ < count()) store(g_, value, 0);
+  }
+
+ private:
+  __device__ int count() const { return static_cast<int>(p_.tokens); }
+  __device__ bool has_v() const {
+    const int token = Tokens::value_of(g_);
+    return token >= 0 && token < count();
+  }
+  __device__ Pair* word(char* memory, int m, int half) const {
+    return reinterpret_cast<Pair*>(memory) + (m * halves + half) * 32 + lane_;
+  }
+  __device__ void store(int t, int value, Pair pair) const {
+    auto* const to =
+        static_cast<std::uint16_t*>(p_.o.data) + offset_of(p_.o, n_, static_cast<unsigned>(t), h_) + value + 2 * c_;
+    *reinterpret_cast<std::uint32_t*>(to) = pair;
+  }
+
+  const FastParams& p_;
+  const unsigned n_, h_;
+  const int lane_, g_, c_;
+};
+
+/// 16 tokens: of a tile a lane copies and stores 8 values of one token, 16 bytes; as matrices they come out of shared memory
+/// the other way around.
+template <class Unit>
+class ValueVectors {
+ public:
+  static constexpr int groups = 2, halves = Unit::halves, tile_bytes = 16 * Unit::tile_rows * 2;
+  static constexpr int bytes = Unit::tiles * tile_bytes;
+
+  __device__ ValueVectors(const FastParams& p, unsigned n, unsigned h, int lane) : p_(p), n_(n), h_(h), lane_(lane) {}
+
+  __device__ void fetch(char* memory, int first_value, int span_end) const {
+    if (!has_token()) return;
+    const auto* const v = static_cast<const std::uint16_t*>(p_.v.data) +
+                          offset_of(p_.v, n_, static_cast<unsigned>(token()), head_of(h_, p_.v_group)) + first_value +
+                          8 * piece();
+#pragma unroll
+    for (int m = 0; m < Unit::tiles; ++m)
+      if (const int value = m * Unit::tile_rows; first_value + value < span_end)
+        __pipeline_memcpy_async(vector(memory, m), v + value, 16);
+  }
+  __device__ void load(Pair (&out)[groups][halves], char* memory, int m) const {
+    std::uint32_t words[4];
+    load_transposed(words, matrix_row(memory, m));
+#pragma unroll
+    for (int group = 0; group < groups; ++group)
+#pragma unroll
+      for (int half = 0; half < halves; ++half) {
+        // What is there in the place of tokens that are not is never used.
+        const int behind = static_cast<int>(p_.tokens) - (8 * group + lane_ % 4 * 2);
+        out[group][half] = words[2 * group + half] & (behind > 1 ? 0xffffffffu : behind > 0 ? 0xffffu : 0u);
+      }
+  }
+  __device__ void store(const float (&out)[groups][4], char* memory, int m, int first_value) const {
+    std::uint32_t words[4];
+#pragma unroll
+    for (int group = 0; group < groups; ++group)
+#pragma unroll
+      for (int half = 0; half < halves; ++half)
+        words[2 * group + half] = narrow(out[group][2 * half], out[group][2 * half + 1], __nv_bfloat16{});
+    __syncwarp();
+    store_transposed(matrix_row(memory, m), words);
+    __syncwarp();
+    if (has_token()) store(first_value, *vector(memory, m));
+  }
+  __device__ void zero(int first_value, int span_end) const {
+    for (int value = first_value; value < span_end; value += Unit::tile_rows)
+      if (has_token()) store(value, uint4{});
+  }
+
+ private:
+  static_assert(Unit::tile_rows == 16);
+
+  __device__ int token() const { return lane_ / 2; }
+  __device__ int piece() const { return lane_ % 2; }
+  __device__ bool has_token() const { return token() < static_cast<int>(p_.tokens); }
+  // Rows of shared memory are tokens, of two vectors each, which change places in every other four rows: so that the rows of
+  // a matrix are in different banks.
+  __device__ uint4* vector(char* memory, int m) const {
+    return reinterpret_cast<uint4*>(memory + m * tile_bytes) + (lane_ ^ (lane_ / 8 % 2));
+  }
+  __device__ char* matrix_row(char* memory, int m) const {
+    const int row = lane_ / 16 * 8 + lane_ % 8, half = lane_ / 8 % 2;
+    return memory + m * tile_bytes + row * 32 + (half ^ (row / 4 % 2)) * 16;
+  }
+  __device__ void store(int first_value, const uint4& values) const {
+    auto* const to = static_cast<std::uint16_t*>(p_.o.data) + offset_of(p_.o, n_, static_cast<unsigned>(token()), h_) +
+                     first_value + 8 * piece();
+    *reinterpret_cast<uint4*>(to) = values;
+  }
+
+  const FastParams& p_;
+  const unsigned n_, h_;
+  const int lane_;
+};
+
+}  // namespace gatedelta::cuda

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "backends/cuda/coefficients.cuh"
+
+namespace gatedelta::cuda {
+
+/// TokenColumns of 16 tokens: two groups of 8 columns for keys, and two for queries. Keys and queries are in the block's shared
+/// memory, each warp fetches some of them for all.
+template <int key_dim, int width>
+class TokenColumns<key_dim, 16, width> {
+ public:
+  static constexpr int groups = 2, blocks = 2 * groups, runs = key_dim / (4 * width), pairs = width / 2;
+
+  float key_factor[groups][2], value_factor[groups][2], query_factor[groups][2];
+
+  __device__ explicit TokenColumns(void* memory) : memory_(shared_address(memory, numbers_bytes)) {}
+
+  __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int count, int g, int c) {
+#pragma unroll
+    for (int turn = 0; turn < blocks; ++turn)
+      if (const int block = block_of(turn), token = 8 * (block % groups) + g; block < blocks)
+        fetch_column<width>(words_[turn], p, block >= groups, token < count, n, static_cast<unsigned>(token), h, c);
+  }
+  template <bool common>
+  __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int count, int) {
+    if (const int token = own_token(); token < count) gates_.fetch<common>(p, n, static_cast<unsigned>(token), h);
+  }
+
+  __device__ void share(int g, int c) {
+#pragma unroll
+    for (int turn = 0; turn < blocks; ++turn)
+      if (const int block = block_of(turn); block < blocks) {
+        char* const row = memory_ + (8 * block + g) * row_bytes + 4 * c;
+#pragma unroll
+        for (int i = 0; i < runs; ++i)
+#pragma unroll
+          for (int j = 0; j < pairs; ++j) *reinterpret_cast<Pair*>(row + ((i * pairs + j) ^ g) * 16) = words_[turn][i][j];
+      }
+    __syncthreads();
+  }
+
+  /// As fragments of a matrix product: of column g of a block, four of its pairs from this one.
+  __device__ void load_pairs(Pair (&out)[4], int block, int first) const {
+    const int lane = own_lane(), row = lane % 8;
+    load_matrices(
+        out, memory_ + row * row_bytes + (((lane / 8) ^ row) ^ first % 8) * 16 + block * (8 * row_bytes) + first / 8 * 128);
+  }
+
+  // Of matrices whose rows are tokens, a lane has rows g and g + 8 ("halves"), and of each group of columns 2c and 2c + 1.
+  template <bool common>
+  __device__ void prepare(const FastParams& p, int count, int g, int c) {
+    float decay = 1, own_beta = 0;
+    if (own_token() < count) {
+      decay = expf(gates_.log_decay<float, common>(p));
+      own_beta = gates_.beta<float, common>(p);
+    }
+    float products[groups][4] = {}, read_outs[groups][4] = {}, squares[groups][4] = {};
+#pragma unroll
+    for (int first = 0; first < runs * pairs; first += 4) {
+      Pair words[blocks][4];
+#pragma unroll
+      for (int block = 0; block < blocks; ++block) load_pairs(words[block], block, first);
+      const auto multiply = [&](float(&d)[4], const Pair(&low)[4], const Pair(&high)[4], const Pair(&columns)[4]) {
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) multiply_add(d, low[j], high[j], low[j + 1], high[j + 1], columns[j], columns[j + 1]);
+      };
+#pragma unroll
+      for (int group = 0; group < groups; ++group) {
+        multiply(products[group], words[0], words[1], words[group]);
+        multiply(read_outs[group], words[2], words[3], words[group]);
+        multiply(squares[group], words[2], words[3], words[groups + group]);
+      }
+    }
+    float row_factor[2], row_query_factor[2];
+    const auto square_of = [&](const float(&x)[4], int half) {
+      return shuffle(g % 2 == 0 ? x[2 * half] : x[2 * half + 1], 4 * g + g / 2);
+    };
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      row_factor[half] = normalisation<common>(p, square_of(products[half], half));
+      row_query_factor[half] = normalisation<common>(p, square_of(squares[half], half));
+    }
+    // What is above the diagonal of a matrix of groups is zero.
+    float decays[2][groups][2];
+    prefix_[0] = prefix_[1] = shuffle(decay, 0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int group = 0; group < groups; ++group) decays[half][group][0] = decays[half][group][1] = 1;
+#pragma unroll
+    for (int i = 1; i < 16; ++i) {
+      const float next = shuffle(decay, i);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (half == 0 && i >= 8) continue;
+        const float factor = i <= 8 * half + g ? next : 1.0f;
+        prefix_[half] *= factor;
+#pragma unroll
+        for (int group = 0; group <= half; ++group)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (i > 8 * group + 2 * c + e) decays[half][group][e] *= factor;
+      }
+    }
+    float column_norm[groups][2];
+#pragma unroll
+    for (int group = 0; group < groups; ++group)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int from = 4 * (2 * c + e);
+        const float norm = shuffle(row_factor[group], from), query_norm = shuffle(row_query_factor[group], from);
+        const float column_decay = shuffle(prefix_[group], from), column_beta = shuffle(own_beta, 8 * group + 2 * c + e);
+        column_norm[group][e] = norm;
+        key_factor[group][e] = -column_beta * (column_decay * norm);
+        value_factor[group][e] = column_beta;
+        query_factor[group][e] = p.scale * (column_decay * query_norm);
+      }
+    float left[2][groups][2] = {}, right[2][groups][2] = {};
+    float w[2][groups][2] = {}, qw[2][groups][2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int t = 8 * half + g;
+      const float beta = shuffle(own_beta, t);
+#pragma unroll
+      for (int group = 0; group <= half; ++group)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = 8 * group + 2 * c + e;
+          float& x = decays[half][group][e];
+          x = column <= t ? x * column_norm[group][e] : 0.0f;
+          left[half][group][e] = column < t ? -beta * (row_factor[half] * products[group][2 * half + e] * x) : 0.0f;
+          right[half][group][e] = p.scale * (row_query_factor[half] * read_outs[group][2 * half + e] * x);
+          w[half][group][e] = column == t ? 1.0f : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int half_of_row = i / 8, from = 4 * g + i % 8 / 2;
+      float known[groups][2];
+#pragma unroll
+      for (int group = 0; group <= half_of_row; ++group)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) known[group][e] = shuffle(w[half_of_row][group][e], 4 * (i % 8) + c);  // row i is complete
+#pragma unroll
+      for (int half = half_of_row; half < 2; ++half) {
+        const float a = shuffle(left[half][half_of_row][i % 2], from), b = shuffle(right[half][half_of_row][i % 2], from);
+#pragma unroll
+        for (int group = 0; group <= half_of_row; ++group)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            w[half][group][e] += a * known[group][e];
+            qw[half][group][e] += b * known[group][e];
+          }
+      }
+    }
+#pragma unroll
+    for (int place = 0; place < 3; ++place) {
+      const int half = place == 0 ? 0 : 1, group = place == 2 ? 1 : 0;
+      split_in_three(w[half][group][0], w[half][group][1], [&](int part) -> Pair& { return solutions_[0][place][part]; });
+      split_in_three(qw[half][group][0], qw[half][group][1], [&](int part) -> Pair& { return solutions_[1][place][part]; });
+#pragma unroll
+      for (int e = 0; e < 2; ++e) decays_[place][e] = decays[half][group][e];
+    }
+  }
+
+  __device__ void pass(SharedNumbers numbers) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int group = 0; group < groups; ++group)
+        numbers.pass(key_factor[group][e]), numbers.pass(value_factor[group][e]), numbers.pass(query_factor[group][e]);
+      numbers.pass(prefix_[e]);
+#pragma unroll
+      for (auto& decays : decays_) numbers.pass(decays[e]);
+    }
+#pragma unroll
+    for (auto& solution : solutions_)
+#pragma unroll
+      for (auto& place : solution)
+#pragma unroll
+        for (Pair& part : place) numbers.pass(part);
+  }
+
+  /// From R (rows g and g + 8 of 16) to the corrections U; adds to the outputs.
+  __device__ void solve(const float (&in)[groups][2][2], float (&corrections)[groups][4], float (&out)[groups][4]) const {
+    Pair a[3][4];
+#pragma unroll
+    for (int group = 0; group < groups; ++group)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        split_in_three(in[group][half][0], in[group][half][1], [&](int part) -> Pair& { return a[part][2 * group + half]; });
+#pragma unroll
+    for (int part = 2; part >= 0; --part)
+#pragma unroll
+      for (int other = 2 - part; other >= 0; --other)
+#pragma unroll
+        for (int matrix = 0; matrix < 2; ++matrix) {
+          auto& d = matrix == 0 ? corrections : out;
+          const auto& b = solutions_[matrix];
+          multiply_add(d[0], a[part][0], a[part][1], b[0][other]);
+          multiply_add(d[1], a[part][0], a[part][1], a[part][2], a[part][3], b[1][other], b[2][other]);
+        }
+  }
+
+  __device__ void forget() {}
+
+  __device__ float decay_to(int t) const { return shuffle(t < 8 ? prefix_[0] : prefix_[1], 4 * (t % 8)); }
+  __device__ void factors_to(int t, int c, float (&out)[groups][2]) const {
+    const int from = 4 * (t % 8) + c;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      out[0][e] = shuffle(t < 8 ? decays_[0][e] : decays_[1][e], from);
+      out[1][e] = shuffle(t < 8 ? 0.0f : decays_[2][e], from);
+    }
+  }
+
+  static constexpr int fragment = 3;
+  __device__ static void split(float x, float y, int, Pair (&out)[fragment]) {
+    split_in_three(x, y, [&](int part) -> Pair& { return out[part]; });
+  }
+  /// d += U k^T for rows g and g + 8 and the keys of pairs j and j + 1 of run i.
+  __device__ void multiply_keys(float (&d)[2][4], const Pair (&u)[groups][2][fragment], int i, int j) const {
+    const int lane = own_lane(), row = lane % 8, first = i * pairs + j;
+    Pair columns[4];
+    load_transposed(columns,
+                    memory_ + (lane / 8 % 2 * 8 + row) * row_bytes + ((lane / 16 ^ row) ^ first % 8) * 16 + first / 8 * 128);
+#pragma unroll
+    for (int part = fragment - 1; part >= 0; --part)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        multiply_add(d[e], u[0][0][part], u[0][1][part], u[1][0][part], u[1][1][part], columns[2 * e], columns[2 * e + 1]);
+  }
+
+ private:
+  // A row of shared memory has the pairs of a token in the order of i, j and c, in vectors of four. Those of one i and j of 8
+  // tokens are a matrix; so that they are in different banks, vector v of a row r is at v ^ (r % 8).
+  static constexpr int row_bytes = 2 * key_dim;
+  static constexpr int numbers_bytes = 128 * (12 + 2 + 6 + 18);
+
+  __device__ static int own_lane() { return static_cast<int>(threadIdx.x % 32); }
+  /// Whose gates a lane fetches.
+  __device__ static int own_token() { return static_cast<int>(threadIdx.x % 16); }
+  __device__ static int block_of(int turn) { return static_cast<int>(threadIdx.x / 32 + turn * (blockDim.x / 32)); }
+
+  char* const memory_;
+  Pair words_[blocks][runs][width / 2];
+  GateInputs gates_;
+  Pair solutions_[2][3][3];  ///< W, and Q W: rows g with columns of the first group, and rows g + 8 with those of both
+  float decays_[3][2];       ///< exp(G_t - G_j) n_j in the same three places
+  float prefix_[2];          ///< exp(G_t)
+
+ public:
+  static constexpr std::size_t shared_bytes = numbers_bytes + blocks * 8 * row_bytes;
+};
+
+}  // namespace gatedelta::cuda
