@@ -62,23 +62,24 @@ TEST_CASE("the tables of launches are complete and ascend") {
   for (const Kernel kernel : {Kernel::decode, Kernel::verify, Kernel::serving})
     for (const DType state : {DType::f32, DType::f16, DType::bf16})
       for (const bool value_last : {false, true})
-        for (const Stores stores : {Stores::none, Stores::last, Stores::each}) {
-          Plan plan;
-          plan.kernel = kernel, plan.value_last = value_last;
-          const Choices rows = choices(plan, state, stores);
-          REQUIRE(rows.begin < rows.end);
-          for (const Choice* row = rows.begin; row < rows.end; ++row) {
-            CHECK(row->shape.warps >= 1);
-            CHECK(row->shape.warps <= (kernel == Kernel::verify ? 1 : 4));
-            CHECK(row->shape.span >= 1);
-            if (kernel == Kernel::decode && !value_last) {
-              const int rows_a_lane = row->shape.rows_a_lane;
-              CHECK((rows_a_lane == 2 || rows_a_lane == 4 || rows_a_lane == 8));
+        for (const Stores stores : {Stores::none, Stores::last, Stores::each})
+          for (const int token_tile : {8, 16}) {
+            Plan plan;
+            plan.kernel = kernel, plan.value_last = value_last, plan.token_tile = token_tile;
+            const Choices rows = choices(plan, state, stores);
+            REQUIRE(rows.begin < rows.end);
+            for (const Choice* row = rows.begin; row < rows.end; ++row) {
+              CHECK(row->shape.warps >= 1);
+              CHECK(row->shape.warps <= (kernel == Kernel::verify ? 1 : 4));
+              CHECK(row->shape.span >= 1);
+              if (kernel == Kernel::decode && !value_last) {
+                const int rows_a_lane = row->shape.rows_a_lane;
+                CHECK((rows_a_lane == 2 || rows_a_lane == 4 || rows_a_lane == 8));
+              }
+              if (row != rows.begin) CHECK(row->states > row[-1].states);
             }
-            if (row != rows.begin) CHECK(row->states > row[-1].states);
+            CHECK(rows.end[-1].states == INT64_MAX);
           }
-          CHECK(rows.end[-1].states == INT64_MAX);
-        }
 }
 
 TEST_CASE("a call's form decides its kernel, the number of rows its shape alone") {

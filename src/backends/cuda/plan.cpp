@@ -30,6 +30,8 @@ constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, 
 constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_read[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice replay_rows[] = {{128, {1, 4, 16}}, {512, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
+constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
+constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64}}};
 constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 
 template <std::size_t N>
@@ -93,6 +95,7 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
   if (plan.kernel == Kernel::replay) return all(replay_rows);
   if (plan.kernel == Kernel::serving) {
     if (plan.value_last) return all(serving_value_last);
+    if (plan.token_tile == 16) return state == DType::f32 ? all(wide_32_bit) : all(wide_16_bit);
     if (stores == Stores::none) return all(serving_read);
     if (state == DType::f32) return stores == Stores::each ? all(serving_each_32_bit) : all(serving_update_32_bit);
     return stores == Stores::each ? all(serving_each_16_bit) : all(serving_update_16_bit);

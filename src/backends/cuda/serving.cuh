@@ -39,6 +39,7 @@ constexpr int serving_stage_bytes = static_cast<int>(Unit::bytes) + ServingValue
 template <class State, class Unit, int token_tile, bool value_last, bool common>
 constexpr int serving_blocks() {
   constexpr bool wide = token_tile == 16;
+  constexpr int parts = state_parts_of<State>;
   constexpr int memory = 227 * 1024 /
                          (serving_max_warps * serving_stages<value_last> * serving_stage_bytes<Unit, token_tile> +
                           (wide ? static_cast<int>(ServingTokens<Unit, token_tile>::shared_bytes) + 1024 : 0));
@@ -47,8 +48,7 @@ constexpr int serving_blocks() {
                           : token_tile == 4 ? 80
                           : token_tile == 8 ? 88
                                             : 113) +
-                         (Unit::pair_words == 2 || (wide && state_parts_of < State >> 1) ? 16 : 0) + (value_last ? 24 : 0) +
-                         (common ? 0 : 16);
+                         (Unit::pair_words == 2 || (wide && parts > 1) ? 16 : 0) + (value_last ? 24 : 0) + (common ? 0 : 16);
   constexpr int registers = 65536 / (32 * serving_max_warps * (fragments + others));
   return memory < registers ? memory : registers;
 }
