@@ -91,6 +91,7 @@ class ScenarioGenerator {
     Case& c = step.c;
     c.config = s_.config;
     c.seed = seed_;
+    c.aligned = serving_;
     std::int64_t B = N, T = random_.chance(0.4) ? 1 : random_.integer(0, most);
     std::vector<std::int64_t> tokens(static_cast<std::size_t>(N), T);
     if (random_.chance(0.3)) {

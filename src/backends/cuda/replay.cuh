@@ -79,7 +79,7 @@ struct ReplayRow {
 };
 
 /// One warp's work for a head: what the entries of the window are to its tokens.
-template <class Tokens, class Notes>
+template <int token_tile, class Tokens, class Notes>
 __device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h,
                                                 const Tokens& tokens, const Notes& notes) {
   constexpr int runs = Tokens::runs;
@@ -152,6 +152,8 @@ __device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& 
       for (int block = 0; block < Tokens::blocks; ++block) {
         float low = decay * (products[0][block][2 * half] + products[1][block][2 * half]);
         float high = decay * (products[0][block][2 * half + 1] + products[1][block][2 * half + 1]);
+        // All even columns are the key's, all odd ones the query's, as those of the state.
+        if constexpr (token_tile == 1) low = shuffle(low, lane & ~3), high = shuffle(high, lane & ~3);
 #pragma unroll
         for (int part = 0; part < 3; ++part) notes.mix(group, block, part, half) = transposed(take_upper(low, high));
       }
@@ -322,7 +324,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     if (warp < heads) {
       const unsigned h = first_head + static_cast<unsigned>(warp);
       if (has_tokens && tokens_head != h) tokens.fetch(p, n, h, count, g, c);
-      prepare_entries(p, row, h, tokens, notes_of(h));
+      prepare_entries<token_tile>(p, row, h, tokens, notes_of(h));
     }
   }
   __pipeline_wait_prior(stages - 1);  // v
