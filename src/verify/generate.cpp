@@ -65,7 +65,7 @@ class Generator {
         tokens_ = random_.chance(0.6) ? 1 : random_.integer(0, 9);
         break;
       case Tokens::draft:
-        tokens_ = random_.integer(2, 16);
+        tokens_ = family_.serving && random_.chance(0.2) ? 1 : random_.integer(2, 16);
         break;
       case Tokens::many:
         tokens_ = random_.pick<std::int64_t>({15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 130, 200});

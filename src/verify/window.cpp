@@ -76,7 +76,7 @@ class ScenarioGenerator {
 
   void add_step(bool long_rows) {
     WindowStep step;
-    const std::int64_t most = long_rows ? s_.max_tokens : std::min<std::int64_t>(s_.max_tokens, 4);
+    const std::int64_t most = long_rows ? s_.max_tokens : std::min<std::int64_t>(s_.max_tokens, serving_ ? 8 : 4);
     std::vector<std::int64_t> pool(static_cast<std::size_t>(s_.slots));
     std::iota(pool.begin(), pool.end(), 0);
     random_.shuffle(pool);

@@ -5,9 +5,15 @@
 #include <doctest/doctest.h>
 
 #include <cstdint>
+#include <map>
+#include <utility>
 #include <vector>
 
+#include "device/memory.hpp"
 #include "gatedelta/gatedelta.hpp"
+#include "verify/generate.hpp"
+#include "verify/memory.hpp"
+#include "verify/window.hpp"
 
 using namespace gatedelta;
 using namespace gatedelta::cuda;
@@ -55,6 +61,32 @@ Plan plan_of(const Form& form) {
   if (form.snapshots) in.snapshots = memory.make(d.snapshots, {form.rows, T, 32, form.value_dim, form.key_dim});
   return make_plan(make_params(validate(config, in)));
 }
+
+/// The reference, which notes what the cuda backend would have done: calls by kernel and token tile.
+class Watching final : public Backend {
+ public:
+  std::map<std::pair<Kernel, int>, int> calls;
+  bool computes = true;
+
+  std::string_view name() const noexcept override { return "watching"; }
+  std::string description() const override { return "for tests"; }
+  Availability availability() const override { return {true, {}}; }
+  bool reaches(Device device) const noexcept override { return device == Device{}; }
+  std::string unsupported_reason(const Problem&) const override { return {}; }
+  void forward(const Call& call) override {
+    const Plan plan = call.problem.window ? make_replay_plan(make_replay_params(call)) : make_plan(make_params(call));
+    ++calls[{plan.kernel, plan.token_tile}];
+    if (computes) reference_.forward(call);
+  }
+  void commit(const Config& config, const CommitArguments& in) override { reference_.commit(config, in); }
+  void accept(const Config& config, const AcceptArguments& in) override { reference_.accept(config, in); }
+  void reset(const Config& config, const ResetArguments& in) override { reference_.reset(config, in); }
+  void fold(const Config& config, const FoldArguments& in) override { reference_.fold(config, in); }
+  void copy(const Config& config, const ForkArguments& in) override { reference_.copy(config, in); }
+
+ private:
+  Backend& reference_ = *find_backend("reference");
+};
 
 }  // namespace
 
@@ -140,4 +172,37 @@ TEST_CASE("a shape for measuring is three numbers") {
   CHECK(shape->span == 16);
   CHECK_THROWS_WITH_AS(parse_shape("8:2"), "GATEDELTA_CUDA_SHAPE: '8:2' is not ROWS:WARPS:SPAN", Error);
   CHECK_THROWS_AS(parse_shape("8:2:16x"), Error);
+}
+
+TEST_CASE("random windows reach every form of the fast kernel") {
+  Watching watching;
+  verify::WindowChecker checker(watching, device::host_memory());
+  for (std::int64_t i = 0; i < 40; ++i) checker.run(verify::make_window_scenario(1, i));
+  CHECK(checker.failures().empty());
+  for (const int token_tile : {1, 4, 8}) {
+    CAPTURE(token_tile);
+    CHECK(watching.calls[{Kernel::replay, token_tile}] >= 3);
+  }
+  CHECK(watching.calls[{Kernel::generic, 0}] >= 20);
+}
+
+TEST_CASE("random cases reach every form of the fast kernels") {
+  Watching watching;
+  watching.computes = false;
+  for (const verify::Family& family : verify::families())
+    for (std::int64_t i = 0; i < (family.serving ? 150 : 60); ++i) {
+      const verify::Case c = verify::make_case(family, 1, i);
+      verify::Instance instance(c, device::host_memory());
+      const GatedDeltaRule op(c.config, watching);
+      instance.add_workspace(op.workspace_size(instance.arguments()));
+      op.forward(instance.arguments());
+    }
+  const std::pair<Kernel, int> forms[] = {{Kernel::decode, 0},  {Kernel::verify, 8},  {Kernel::verify, 16},
+                                          {Kernel::serving, 1}, {Kernel::serving, 4}, {Kernel::serving, 8},
+                                          {Kernel::serving, 16}};
+  for (const auto& form : forms) {
+    CAPTURE(static_cast<int>(form.first));
+    CAPTURE(form.second);
+    CHECK(watching.calls[form] >= 3);
+  }
 }
