@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "machine.hpp"
+
+// What nvcc knows and a C++ compiler does not, as far as the fast kernels use it: comes before all else in what is compiled of
+// the device code. A kernel that uses more does not compile, and more has to be added here.
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+
+namespace gatedelta::emulation {
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim;
+}  // namespace gatedelta::emulation
+using gatedelta::emulation::blockDim;
+using gatedelta::emulation::blockIdx;
+using gatedelta::emulation::threadIdx;
+using std::max;
+using std::min;
+
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __popcll(unsigned long long x) { return std::popcount(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(std::uint64_t{a} * b >> 32); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const std::uint64_t bytes = std::uint64_t{high} << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return out;
+}
+
+// All lanes take part in all of these.
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+  return gatedelta::emulation::exchange("a shuffle", x)[lane & 31];
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  return gatedelta::emulation::exchange("a shuffle by xor", x)[(gatedelta::emulation::own_lane() ^ mask) & 31];
+}
+template <class T>
+T __shfl_up_sync(unsigned, T x, int distance) {
+  const int lane = gatedelta::emulation::own_lane();
+  return gatedelta::emulation::exchange("a shuffle up", x)[lane < distance ? lane : lane - distance];
+}
+template <class T>
+T __shfl_down_sync(unsigned, T x, int distance) {
+  const int lane = gatedelta::emulation::own_lane();
+  return gatedelta::emulation::exchange("a shuffle down", x)[lane + distance > 31 ? lane : lane + distance];
+}
+inline unsigned __reduce_or_sync(unsigned, unsigned x) {
+  const auto lanes = gatedelta::emulation::exchange("a reduction", x);
+  unsigned out = 0;
+  for (int lane = 0; lane < gatedelta::emulation::warp_lanes; ++lane) out |= lanes[lane];
+  return out;
+}
+inline bool __any_sync(unsigned mask, bool x) { return __reduce_or_sync(mask, x) != 0; }
+inline bool __all_sync(unsigned mask, bool x) { return __reduce_or_sync(mask, !x) == 0; }
+inline void __syncwarp() { gatedelta::emulation::warp_barrier(); }
+inline void __syncthreads() { gatedelta::emulation::block_barrier(); }
+inline bool __syncthreads_or(bool x) {
+  static bool any;
+  __syncthreads();  // all have taken the last result
+  any = false;
+  __syncthreads();
+  any = any || x;
+  __syncthreads();
+  return any;
+}
+
+template <class T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+inline int atomicCAS(int* at, int expected, int value) {
+  const int old = *at;
+  if (old == expected) *at = value;
+  return old;
+}
+
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaGridDependencySynchronize() {}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fast kernels of the cuda backend, run on the host (see machine.hpp for what that shows), against a plain recurrence.
+#include <doctest/doctest.h>
+
+#include <string>
+
+#include "scene.hpp"
+
+using namespace gatedelta;
+using namespace gatedelta::emulation;
+using cuda::Kernel;
+
+namespace {
+
+constexpr DType states[] = {DType::bf16, DType::f16, DType::f32};
+
+// Rounding to bfloat16 changes a number by up to 2^-9 of it, to float16 by up to 2^-12; all else is in float32.
+constexpr double f32_limit = 5e-7, f16_limit = 0x1p-12 + f32_limit, bf16_limit = 0x1p-9 + f32_limit;
+double limit_of(DType dtype) { return dtype == DType::bf16 ? bf16_limit : dtype == DType::f16 ? f16_limit : f32_limit; }
+
+Result check(const Form& form, Kernel kernel, int token_tile) {
+  const std::string text = form.text();
+  INFO(text);
+  Result result = Scene(form).run(kernel, token_tile);
+  CHECK(result.fault == "");
+  if (!result.fault.empty()) return result;
+  CHECK(result.output.relative() <= bf16_limit);
+  CHECK(result.outputs_of_padding == 0);
+  CHECK(result.untouched == 0);
+  if (form.update && (form.capacity == 0 || result.folded > 0)) CHECK(result.state.relative() <= limit_of(form.state));
+  if (form.snapshots) CHECK(result.snapshots.relative() <= limit_of(form.state));
+  if (form.capacity > 0) {
+    CHECK(result.corrections.relative() <= bf16_limit);
+    CHECK(result.decays <= 1e-5);
+    CHECK(result.keys == 0);
+  }
+  return result;
+}
+
+/// heads of a block (or rows of a lane), warps of a block, value rows of a warp
+cuda::Shape shape(int heads, int warps, int span) { return {.heads = heads, .warps = warps, .span = span}; }
+
+}  // namespace
+
+TEST_CASE("replay") {
+  int folded = 0, unfolded = 0;
+  const auto check_replay = [&](const Form& form) {
+    const Result result = check(form, Kernel::replay, form.tokens == 1 ? 1 : form.tokens <= 4 ? 4 : 8);
+    folded += result.folded, unfolded += result.unfolded;
+  };
+  for (const DType state : states) {
+    // One product takes 16 entries: around that, and with none.
+    for (const std::int64_t P : {0, 1, 9, 15, 16}) {
+      check_replay({state, 1, 128, 128, shape(2, 4, 32), 2, 4, true, false, false, true, 16, P});
+      check_replay({state, 1, 128, 64, shape(1, 4, 16), 1, 2, false, false, false, true, 16, P});
+      check_replay({state, 1, 64, 64, shape(1, 1, 64), 2, 2, true, false, false, true, 16, P});
+      check_replay({state, 2, 64, 32, shape(4, 4, 16), 2, 4, true, false, false, true, 16, P});
+      check_replay({state, 4, 128, 64, shape(3, 4, 16), 2, 4, true, false, false, true, 16, P});
+      check_replay({state, 7, 128, 96, shape(2, 2, 48), 1, 3, true, false, false, true, 16, P});
+      check_replay({state, 8, 64, 64, shape(2, 4, 16), 1, 2, false, false, false, true, 16, P});
+    }
+    for (const std::int64_t P : {17, 33, 60, 64}) {
+      check_replay({state, 1, 128, 64, shape(2, 4, 32), 1, 2, true, false, false, true, 64, P});
+      check_replay({state, 3, 128, 64, shape(1, 2, 32), 2, 2, false, false, false, true, 64, P});
+      check_replay({state, 8, 64, 32, shape(2, 2, 32), 1, 2, true, false, false, true, 64, P});
+    }
+  }
+  CHECK(folded > 0);
+  CHECK(unfolded > 0);
+}
+
+TEST_CASE("serving") {
+  for (const DType state : states)
+    for (const std::int64_t T : {1, 3, 4, 7, 8, 11, 16}) {
+      const int tile = T == 1 ? 1 : T <= 4 ? 4 : T <= 8 ? 8 : 16;
+      for (const bool value_last : {false, true}) {
+        if (T == 1 && !value_last) continue;
+        const bool usual = T % 3 != 0;
+        // The final state, snapshots as well, snapshots alone, outputs alone.
+        check({state, T, 128, 64, shape(0, 4, 16), 1, 2, usual, value_last}, Kernel::serving, tile);
+        check({state, T, 128, 96, shape(0, 2, 32), 1, 1, !usual, value_last, true}, Kernel::serving, tile);
+        check({state, T, 64, 96, shape(0, 1, 64), 1, 2, usual, value_last, true, false}, Kernel::serving, tile);
+        check({state, T, 64, 64, shape(0, 2, 16), 2, 2, true, value_last, false, false}, Kernel::serving, tile);
+      }
+    }
+}
+
+TEST_CASE("decode") {
+  for (const DType state : states) {
+    for (const int rows_a_lane : {2, 4, 8})
+      for (const std::int64_t K : {64, 128, 256})
+        for (const bool usual : {true, false}) {
+          check({state, 1, K, 96, shape(rows_a_lane, 2, 16), 1, 2, usual}, Kernel::decode, 0);
+          check({state, 1, K, 64, shape(rows_a_lane, 1, 64), 1, 1, usual, false, true, rows_a_lane == 4}, Kernel::decode, 0);
+        }
+    check({state, 1, 256, 96, shape(1, 2, 16), 1, 2, true, true}, Kernel::decode, 0);
+    check({state, 1, 256, 64, shape(1, 1, 64), 1, 3, false, true, true}, Kernel::decode, 0);
+  }
+}
+
+TEST_CASE("verify") {
+  for (const DType state : states)
+    for (const std::int64_t T : {3, 17}) {
+      // A key dimension that is not for the serving form, or too many tokens.
+      check({state, T, 256, 64, shape(0, 1, 32), 1, 2, true}, Kernel::verify, 8);
+      if (T > 16) check({state, T, 128, 64, shape(0, 1, 16), 1, 2, true, true, true}, Kernel::verify, 16);
+    }
+}
