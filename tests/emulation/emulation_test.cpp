@@ -14,7 +14,8 @@ namespace {
 
 constexpr DType states[] = {DType::bf16, DType::f16, DType::f32};
 
-// Rounding to bfloat16 changes a number by up to 2^-9 of it, to float16 by up to 2^-12; all else is in float32.
+// In the mean over many numbers (relative L2) rounding to bfloat16 is about 1.65e-3 and to float16 an eighth of that, below
+// 2^-9 and 2^-12; all else is in float32.
 constexpr double f32_limit = 5e-7, f16_limit = 0x1p-12 + f32_limit, bf16_limit = 0x1p-9 + f32_limit;
 double limit_of(DType dtype) { return dtype == DType::bf16 ? bf16_limit : dtype == DType::f16 ? f16_limit : f32_limit; }
 

@@ -35,26 +35,32 @@ __device__ inline std::uint32_t transposed(std::uint32_t x) {
   return out;
 }
 
+/// Where a generic address of shared memory is.
+__device__ inline std::uint32_t shared_offset(const void* shared) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ inline char* at_shared(std::uint32_t offset) { return static_cast<char*>(__cvta_shared_to_generic(offset)); }
+
 /// Four 8 x 8 matrices of 16-bit elements in shared memory, transposed: lane 8 i + r has the address of row r of matrix i, 16
 /// bytes, and column g of matrix i is the lane's (2c, 2c+1; g) in word i.
 __device__ inline void load_transposed(std::uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(row)))
+               : "r"(shared_offset(row))
                : "memory");
 }
 /// The same without transposing: of row g of matrix i the lane's (2c, 2c+1) in word i.
 __device__ inline void load_matrices(std::uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(row)))
+               : "r"(shared_offset(row))
                : "memory");
 }
 /// Transposed, and back.
 __device__ inline void store_transposed(void* row, const std::uint32_t (&in)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
                :
-               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(row))), "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
+               : "r"(shared_offset(row)), "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
                : "memory");
 }
 
@@ -65,17 +71,11 @@ __device__ void forget(T*& x) {
   asm volatile("" : "+l"(x));
 }
 
-/// Where a generic address of shared memory is.
-__device__ inline std::uint32_t shared_offset(const void* shared) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
-}
-__device__ inline char* at_shared(std::uint32_t offset) { return static_cast<char*>(__cvta_shared_to_generic(offset)); }
-
 /// Where the block's dynamic shared memory is, plus `offset`: found out once, not before each use.
 __device__ inline char* shared_address(void* shared, std::uint32_t offset) {
-  auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + offset;
+  auto address = shared_offset(shared) + offset;
   forget(address);
-  return static_cast<char*>(__cvta_shared_to_generic(address));
+  return at_shared(address);
 }
 
 /// One instruction, which a product of converted integers often is not.

@@ -301,7 +301,7 @@ class TokenColumns<key_dim, 1, width> {
  public:
   static constexpr int groups = 1, blocks = 1, runs = key_dim / (4 * width);
 
-  float key_factor[1][2], value_factor[1][2], query_factor[1][2], key_norm[2];
+  float key_factor[1][2], value_factor[1][2], query_factor[1][2];
 
   __device__ explicit TokenColumns(void* /*memory*/) {}
 
@@ -329,7 +329,6 @@ class TokenColumns<key_dim, 1, width> {
     decay_ = expf(log_decay_);
     const float beta = gates_.beta<float, common>(p);
     key_norm_ = normalisation<common>(p, shuffle(products[0], 0));
-    key_norm[0] = key_norm_, key_norm[1] = 0;
     const float query_scale = p.scale * normalisation<common>(p, shuffle(products[1], 4));
     read_out_ = query_scale * (key_norm_ * shuffle(products[1], 0));
     key_factor[0][0] = -beta * (decay_ * key_norm_), value_factor[0][0] = beta, query_factor[0][0] = 0;
@@ -346,7 +345,6 @@ class TokenColumns<key_dim, 1, width> {
 
   /// The factors of a value and of S k in the correction, of S q and the correction in the output, and of the correction in an
   /// entry. Lane 0 knows them.
-  static constexpr int factor_count = 5;
   __device__ void store_factors(float* to) const {
     to[0] = value_factor[0][0], to[1] = key_factor[0][0], to[2] = query_factor[0][1], to[3] = read_out_, to[4] = key_norm_;
   }

@@ -14,8 +14,8 @@
 //
 // A block has some heads of one row, and what a row has to look up before it can begin, one load after the other, is looked up
 // once for all of them. States stream through the rings of the warps from head to head. While the first ones are on their way,
-// each warp works out for one head what does not depend on the value row: M as a sum of three bfloat16 numbers, and what the
-// tokens are to each other.
+// what does not depend on the value row is worked out: for each head by one warp what the tokens are to each other, and by
+// another one, if there are enough, M as a sum of three bfloat16 numbers.
 namespace gatedelta::cuda {
 
 constexpr int group_entries = 16;  ///< entries that a product takes at a time
@@ -24,8 +24,8 @@ constexpr int replay_max_warps = 4;
 /// Of 16 value rows of the corrections of a group.
 constexpr int group_stage_bytes = group_entries * 16 * 2;
 
-/// What the warps of a block know of one head, in shared memory: written by one of them. The tokens' keys and queries are rows
-/// of a matrix; between rows there is a gap, so that 8 of them can be read at a time.
+/// What the warps of a block know of one head, in shared memory: written by one or two of them. The tokens' keys and queries
+/// are rows of a matrix; between rows there is a gap, so that 8 of them can be read at a time.
 template <class Tokens, int key_dim, int token_tile>
 struct HeadNotes {
   static constexpr int row_pitch = key_dim / 2 + 4, rows = token_tile == 1 ? 2 : 2 * token_tile;
