@@ -35,6 +35,19 @@ __device__ inline std::uint32_t transposed(std::uint32_t x) {
   return out;
 }
 
+/// x is what is there, if it is `wanted`. Without a branch: where paths meet, what is on its way from memory may have to be
+/// moved, and then is waited for.
+__device__ inline void load_if(bool wanted, std::uint32_t& x, const std::uint16_t* from) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p ld.global.u16 %0, [%2];}"
+               : "+r"(x)
+               : "r"(static_cast<unsigned>(wanted)), "l"(from));
+}
+__device__ inline void load_if(bool wanted, std::int32_t& x, const std::int32_t* from) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p ld.global.s32 %0, [%2];}"
+               : "+r"(x)
+               : "r"(static_cast<unsigned>(wanted)), "l"(from));
+}
+
 /// Where a generic address of shared memory is.
 __device__ inline std::uint32_t shared_offset(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));

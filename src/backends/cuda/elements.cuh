@@ -36,7 +36,8 @@ __device__ inline unsigned head_of(unsigned h, const Group& group) {
 }
 
 /// An element as it lies in memory. Loads and conversions are apart, so that many loads can be under way: a conversion waits.
-/// Halves of 16 bits, since two loads of which one happens would wait for each other if they had the same register.
+/// Halves of 16 bits, since two loads of which one happens would wait for each other if they had the same register. Where there
+/// is no tensor, nothing is loaded.
 struct RawElement {
   std::uint32_t low = 0, high = 0;
 
@@ -46,10 +47,10 @@ struct RawElement {
   }
   template <class Any>
   __device__ void fetch(const Any& tensor, DType dtype, std::int64_t offset) {
-    const bool is_float = dtype == DType::f32;
+    const bool there = tensor.data != nullptr, is_float = dtype == DType::f32;
     const auto* const at = static_cast<const std::uint16_t*>(tensor.data) + (offset << (is_float ? 1 : 0));
-    low = at[0];
-    if (is_float) high = at[1];
+    load_if(there, low, at);
+    load_if(there && is_float, high, at + 1);
   }
   __device__ std::uint32_t bits() const { return __byte_perm(low, high, 0x5410); }
   __device__ float value(DType dtype) const { return value_of(bits(), dtype); }
@@ -87,7 +88,7 @@ __device__ float load(const Any& tensor, Index... index) {
   return load_at(tensor, offset_of(tensor, index...));
 }
 
-/// An element of an index tensor, i32 or i64.
+/// An element of an index tensor, i32 or i64. Loaded as above.
 struct RawIndex {
   std::int32_t low = 0, high = 0;
 
@@ -95,8 +96,9 @@ struct RawIndex {
   __device__ void fetch(const Any& tensor, Index... index) {
     const bool is_long = tensor.dtype == DType::i64;
     const auto* at = static_cast<const std::int32_t*>(tensor.data) + (offset_of(tensor, index...) << (is_long ? 1 : 0));
-    low = at[0];
-    if (is_long) high = at[1];
+    const bool there = tensor.data != nullptr;
+    load_if(there, low, at);
+    load_if(there && is_long, high, at + 1);
   }
   __device__ std::int64_t value(DType dtype) const {
     if (dtype == DType::i32) return low;

@@ -16,7 +16,7 @@ FastKernel describe() {
           .warp_rows = Rows::rows,
           .bytes = replay_stages * Rows::bytes,
           .group_bytes = replay_stages * group_stage_bytes,
-          .head_bytes = Notes::mixes_at,
+          .head_bytes = Notes::groups_at,
           .head_group_bytes = Notes::group_bytes,
           .head_value_bytes = Notes::value_bytes};
 }

@@ -29,23 +29,31 @@ constexpr int group_stage_bytes = group_entries * 16 * 2;
 template <class Tokens, int key_dim, int token_tile>
 struct HeadNotes {
   static constexpr int row_pitch = key_dim / 2 + 4, rows = token_tile == 1 ? 2 : 2 * token_tile;
-  static constexpr int decays_at = rows * row_pitch * 4, decay_count = max_window + 32;
-  static constexpr int numbers_at = decays_at + decay_count * 4;
-  static constexpr int mixes_at = numbers_at + [] {
+  static constexpr int numbers_at = rows * row_pitch * 4, checkpoint_at = numbers_at + [] {
     if constexpr (token_tile == 1)
       return 32;
     else
       return static_cast<int>(Tokens::shared_bytes + Tokens::norms_bytes);
   }();
-  static constexpr int group_bytes = Tokens::blocks * 3 * 2 * 32 * 4;
+  // Of 16 entries: M, gamma_j, and for rows that are folded the keys.
+  static constexpr int groups_at = checkpoint_at + 16, mix_bytes = Tokens::blocks * 3 * 2 * 32 * 4;
+  static constexpr int keys_at = mix_bytes + group_entries * 4, key_bytes = key_dim * 2;
+  static constexpr int group_bytes = keys_at + group_entries * key_bytes;
   static constexpr int value_bytes = 2 * token_tile;  ///< for each of V
 
   char* memory;
   int lane;
 
   __device__ Pair* row(int row) const { return reinterpret_cast<Pair*>(memory) + row * row_pitch; }
-  /// gamma_j, and behind them gamma for each lane.
-  __device__ float* decays() const { return reinterpret_cast<float*>(memory + decays_at); }
+  __device__ char* group(int group) const { return memory + groups_at + group * group_bytes; }
+  /// gamma.
+  __device__ float& checkpoint_decay() const { return *reinterpret_cast<float*>(memory + checkpoint_at); }
+  /// gamma_j for j = 16 group ...
+  __device__ float* decays(int group) const { return reinterpret_cast<float*>(this->group(group) + mix_bytes); }
+  /// Vector v of the key of an entry of the group: so that those of 8 entries lie in different banks.
+  __device__ char* key_vector(int group, int entry, int v) const {
+    return this->group(group) + keys_at + entry * key_bytes + (v ^ entry % 8) * 16;
+  }
   __device__ float* numbers() const { return reinterpret_cast<float*>(memory + numbers_at); }
   __device__ void pass(Tokens& tokens, bool gives) const {
     tokens.pass({memory + numbers_at, lane, gives});
@@ -53,12 +61,10 @@ struct HeadNotes {
   }
   /// The lane's part of M.
   __device__ Pair& mix(int group, int block, int part, int half) const {
-    return reinterpret_cast<Pair*>(memory + mixes_at)[(((group * Tokens::blocks + block) * 3 + part) * 2 + half) * 32 + lane];
+    return reinterpret_cast<Pair*>(this->group(group))[((block * 3 + part) * 2 + half) * 32 + lane];
   }
   /// v, token by token.
-  __device__ std::uint16_t* values(int groups) const {
-    return reinterpret_cast<std::uint16_t*>(memory + mixes_at + groups * group_bytes);
-  }
+  __device__ std::uint16_t* values(int groups) const { return reinterpret_cast<std::uint16_t*>(this->group(groups)); }
 };
 
 /// A row, as each warp of its block knows it.
@@ -79,13 +85,14 @@ struct ReplayRow {
 };
 
 /// One warp's work for a head: what the entries of the window are to its tokens.
-template <int token_tile, class Tokens, class Notes>
+template <class Rows, int token_tile, class Tokens, class Notes>
 __device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h,
                                                 const Tokens& tokens, const Notes& notes) {
   constexpr int runs = Tokens::runs;
   const int lane = notes.lane, g = lane / 4, c = lane % 4;
   const WindowParams& window = p.window;
   const int P = row.record.length, used = (P + group_entries - 1) / group_entries;
+  const bool folds = P + static_cast<int>(p.tokens) > window.capacity;
   const auto key_stride = static_cast<int>(window.keys.strides[2]);
   const std::uint16_t* const keys = row.keys(p, h) + 8 * c;
   const float* const decays = row.decays(p, h);
@@ -127,14 +134,28 @@ __device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& 
       gamma = lane < 31 ? next : checkpoint_decay;
       checkpoint_decay = shuffle(product, 0);
     }
-    notes.decays()[32 * word + lane] = gamma;
+    if (const int entry = 32 * word + lane; entry < used * group_entries)
+      notes.decays(entry / group_entries)[entry % group_entries] = gamma;
   }
-  notes.decays()[max_window + lane] = checkpoint_decay;
+  notes.checkpoint_decay() = checkpoint_decay;
   __syncwarp();
 
 #pragma unroll 1
   for (int group = 0; group < used; ++group) {
     if (group > 0) fetch_keys(group);
+    if (folds)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < runs; ++i) {
+          const uint4& x = entry_keys[half][i];
+          const Pair words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+          for (int pair = 0; pair < 4; ++pair) {
+            const int place = Rows::place_of_pair(i, pair, c);
+            reinterpret_cast<Pair*>(notes.key_vector(group, 8 * half + g, place / 4))[place % 4] = words[pair];
+          }
+        }
     float products[2][Tokens::blocks][4] = {};
 #pragma unroll
     for (int i = 0; i < runs; ++i) {
@@ -147,7 +168,7 @@ __device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& 
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float decay = notes.decays()[group * group_entries + 8 * half + g];
+      const float decay = notes.decays(group)[8 * half + g];
 #pragma unroll
       for (int block = 0; block < Tokens::blocks; ++block) {
         float low = decay * (products[0][block][2 * half] + products[1][block][2 * half]);
@@ -192,6 +213,52 @@ __device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, c
       *reinterpret_cast<uint4*>(keys + 32 * i) = *reinterpret_cast<const uint4*>(tokens.run(0, i));
   }
   if (c == 0) row.decays(p, h)[product(place, static_cast<int>(p.window.decays.strides[2]))] = tokens.log_decay();
+}
+
+/// The state of 16 rows where the window is full: gamma S + sum_j gamma_j u_j k_j^T. `load_corrections` gives those of a group
+/// of entries as a fragment.
+template <class Rows, class State, class Notes, class Load>
+__device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int used, const Load& load_corrections, State* to) {
+  // Three numbers are all of a float32, two are enough for a state of 16 bits.
+  constexpr int parts = sizeof(State) == 4 ? 3 : 2;
+  const int lane = notes.lane, c = lane % 4;
+  const float checkpoint_decay = notes.checkpoint_decay();
+  Pair a[parts][4];
+  const auto scale_corrections = [&](int group) {
+    std::uint32_t words[4];
+    load_corrections(words, group);
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      float low, high;
+      widen(words[word], low, high, __nv_bfloat16{});
+      const float2 decay = *reinterpret_cast<const float2*>(notes.decays(group) + word / 2 * 8 + 2 * c);
+      low *= decay.x, high *= decay.y;
+#pragma unroll
+      for (int part = 0; part < parts - 1; ++part) a[part][word] = take_upper(low, high);
+      a[parts - 1][word] = narrow(low, high, __nv_bfloat16{});
+    }
+  };
+  if (used == 1) scale_corrections(0);  // once for all keys
+#pragma unroll 1
+  for (int run = 0; run < Rows::keys / Rows::run_keys; ++run) {
+    float sums[Rows::pairs][4] = {};
+#pragma unroll 1
+    for (int group = 0; group < used; ++group) {
+      if (used > 1) scale_corrections(group);
+#pragma unroll
+      for (int pair = 0; pair < Rows::pairs; pair += 2) {
+        Pair keys[4];
+        load_transposed(keys, notes.key_vector(group, lane % 16, run * Rows::pairs + pair + lane / 16));
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+          for (int part = parts - 1; part >= 0; --part)
+            multiply_add(sums[pair + e], a[part][0], a[part][1], a[part][2], a[part][3], keys[2 * e], keys[2 * e + 1]);
+      }
+    }
+    rows.store_sum(to, run, checkpoint_decay, sums);
+    to += Rows::run_keys;
+  }
 }
 
 template <class Rows, int token_tile, bool common>
@@ -242,14 +309,17 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   if (has_tokens || warp < heads) tokens.fetch(p, n, has_tokens ? tokens_head : first_head + warp, count, g, c);
   if (has_tokens) {
     tokens.template fetch_gates<common>(p, n, tokens_head, count, g);
-    auto* const to = reinterpret_cast<Pair*>(notes_of(tokens_head).values(groups));
+    const auto* const v = static_cast<const std::uint16_t*>(p.v.data) + offset_of(p.v, n, 0u, head_of(tokens_head, p.v_group));
+    auto* const to = reinterpret_cast<uint4*>(notes_of(tokens_head).values(groups));
+    const int vectors = p.value_dim / 8;
+    int t = 0, vector = lane;  // of this token
 #pragma unroll 1
-    for (int t = 0; t < count; ++t) {
-      const auto* const v =
-          reinterpret_cast<const Pair*>(static_cast<const std::uint16_t*>(p.v.data) +
-                                        offset_of(p.v, n, static_cast<unsigned>(t), head_of(tokens_head, p.v_group)));
-      for (int i = lane; i < p.value_dim / 2; i += 32)
-        __pipeline_memcpy_async(to + t * (p.value_dim / 2) + i, v + i, sizeof(Pair));
+    for (int i = lane;; i += 32) {
+#pragma unroll 1
+      for (; vector >= vectors; vector -= vectors) ++t;
+      if (t >= count) break;
+      __pipeline_memcpy_async(to + i, v + product(t, p.v.strides[1]) + 8 * vector, 16);
+      vector += 32;
     }
   }
   slots.resolve(p, n);
@@ -324,7 +394,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     if (warp < heads) {
       const unsigned h = first_head + static_cast<unsigned>(warp);
       if (has_tokens && tokens_head != h) tokens.fetch(p, n, h, count, g, c);
-      prepare_entries<token_tile>(p, row, h, tokens, notes_of(h));
+      prepare_entries<Rows, token_tile>(p, row, h, tokens, notes_of(h));
     }
   }
   __pipeline_wait_prior(stages - 1);  // v
@@ -358,7 +428,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
 #pragma unroll
         for (int j = 0; j < 2; ++j)
           columns[block][m][j] = notes.row(token_tile == 1 ? g % 2 : 8 * block + g)[Rows::key_of(m, j, c) / 2];
-    const float checkpoint_decay = notes.decays()[max_window + lane];
+    const float checkpoint_decay = notes.checkpoint_decay();
     Pair mixes[blocks][3][2] = {};
     if (used > 0)
 #pragma unroll
@@ -463,78 +533,10 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
         }
       }
 
-      if (folds) {
-        __syncwarp();  // lanes store what others have read
-        // Three numbers are all of a float32, two are enough for a state of 16 bits.
-        constexpr int fold_parts = sizeof(State) == 4 ? 3 : 2;
-        const std::uint16_t* const keys = row.keys(p, h) + 8 * c;
-        const auto key_stride = static_cast<int>(window.keys.strides[2]);
-        const auto scaled_corrections = [&](Pair(&a)[fold_parts][4], int group) {
-          std::uint32_t words[4];
-          load_corrections(words, group);
-#pragma unroll
-          for (int word = 0; word < 4; ++word) {
-            float low, high;
-            widen(words[word], low, high, __nv_bfloat16{});
-            const float* const decay = notes.decays() + group * group_entries + word / 2 * 8 + 2 * c;
-            low *= decay[0], high *= decay[1];
-#pragma unroll
-            for (int part = 0; part < fold_parts - 1; ++part) a[part][word] = take_upper(low, high);
-            a[fold_parts - 1][word] = narrow(low, high, __nv_bfloat16{});
-          }
-        };
-        const auto keys_of = [&](const std::uint16_t*(&from)[2], int group) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int entry = group * group_entries + 8 * half + g;
-            from[half] = entry < P ? keys + place_of(entry) * key_stride : nullptr;
-          }
-        };
-        const auto add_entries = [&](float(&sums)[4][4], const Pair(&a)[fold_parts][4], const std::uint16_t* const(&from)[2],
-                                     int i) {
-          uint4 entries[2] = {};
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            if (from[half] != nullptr) entries[half] = *reinterpret_cast<const uint4*>(from[half] + 32 * i);
-          const Pair low[4] = {entries[0].x, entries[0].y, entries[0].z, entries[0].w};
-          const Pair high[4] = {entries[1].x, entries[1].y, entries[1].z, entries[1].w};
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const Pair first = transposed(low[j]), second = transposed(high[j]);
-#pragma unroll
-            for (int part = fold_parts - 1; part >= 0; --part)
-              multiply_add(sums[j], a[part][0], a[part][1], a[part][2], a[part][3], first, second);
-          }
-        };
-        Pair a[fold_parts][4];
-        const std::uint16_t* from[2];
-        if (used <= 1) {
-          // The lookups and the corrections are the same for all keys.
-          scaled_corrections(a, 0);
-          keys_of(from, 0);
-#pragma unroll 1
-          for (int i = 0; i < key_dim / 32; ++i) {
-            float sums[4][4] = {};
-            add_entries(sums, a, from, i);
-            rows.update(i, checkpoint_decay, sums);
-          }
-        } else {
-#pragma unroll 1
-          for (int i = 0; i < key_dim / 32; ++i) {
-            float sums[4][4] = {};
-#pragma unroll 1
-            for (int group = 0; group < used; ++group) {
-              scaled_corrections(a, group);
-              keys_of(from, group);
-              add_entries(sums, a, from, i);
-            }
-            rows.update(i, checkpoint_decay, sums);
-          }
-        }
-        __syncwarp();
-        rows.write(static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) + first_value * key_dim +
-                   Rows::lane_offset(lane));
-      }
+      if (folds)
+        fold(rows, notes, used, load_corrections,
+             static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) +
+                 (first_value * key_dim + Rows::vector_offset(lane)));
       __syncwarp();
       if (next.h < end_head) {
         rows.fetch(next.state);

@@ -73,7 +73,7 @@ struct SourceIndex {
   __device__ void fetch(const P& p, unsigned n) {
     if (!common && p.accepted.data != nullptr)
       raw.fetch(p.accepted, n);
-    else if (p.read_slots.data != nullptr)
+    else
       raw.fetch(p.read_slots, n);
   }
   /// The slot, -1 for padding, -2 after a fault.

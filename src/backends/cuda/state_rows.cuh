@@ -21,16 +21,10 @@ class StateRows {
   /// `memory`: the warp's, of `bytes`, aligned to a line.
   __device__ StateRows(std::uint32_t memory, int lane) : memory_(memory), lane_(lane) {}
 
-  /// Where the lane's first vector is, from the first row's first element on. With it, the copy of 16 rows starts, and the way
-  /// back; for that all lanes must have stored what they have.
+  /// Where the lane's first vector is, from the first row's first element on. With it, the copy of 16 rows starts.
   __device__ static int lane_offset(int lane) { return lane / vectors * key_dim + lane % vectors * lanes_of<State>; }
   __device__ void fetch(const State* from) const {
     for_each_vector(from, [](char* to, const State* vector) { __pipeline_memcpy_async(to, vector, 16); });
-  }
-  __device__ void write(State* to) const {
-    for_each_vector(to, [](const char* from, State* vector) {
-      __stcs(reinterpret_cast<uint4*>(vector), *reinterpret_cast<const uint4*>(from));
-    });
   }
 
   /// Step m as a fragment, in parts that add up to it.
@@ -63,31 +57,36 @@ class StateRows {
     }
   }
 
-  /// The 8 keys from 8 (c + 4 i) of the rows g and g + 8 become decay times themselves plus more: more[j] for pair j of them,
-  /// as a product has it.
-  __device__ __forceinline__ void update(int i, float decay, const float (&more)[4][4]) const {
+  // On the way back a lane has a vector of the rows g and g + 8 in each run of `run_keys` keys, which are `pairs` products. As
+  // a row of shared memory for these, keys are in the order of runs, pairs and lanes: where pair `pair` of the keys from
+  // 8 (c + 4 i) is.
+  static constexpr int run_keys = 4 * lanes_of<State>, pairs = lanes_of<State> / 2;
+  __device__ static int place_of_pair(int i, int pair, int c) {
+    return 16 * i + (narrow_state ? 4 * pair + c : c / 2 * 8 + pair % 2 * 4 + c % 2 * 2 + pair / 2);
+  }
+  /// Of a run: decay times the state plus more, as products have it. `to`: the lane's vector of row g, which is vector_offset()
+  /// from the first row's first key of the run.
+  __device__ static int vector_offset(int lane) { return lane / 4 * key_dim + lane % 4 * lanes_of<State>; }
+  __device__ __forceinline__ void store_sum(State* to, int run, float decay, const float (&more)[pairs][4]) const {
+    const int g = lane_ / 4, c = lane_ % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if constexpr (narrow_state) {
-        auto* const at = reinterpret_cast<uint4*>(vector_at(half, 4 * i));
-        const uint4 old = *at;
-        std::uint32_t words[4] = {old.x, old.y, old.z, old.w};
+      const auto* const at =
+          at_shared(memory_ + (8 * half + g) * line_bytes + static_cast<std::uint32_t>(((4 * run + c) ^ swizzle(g)) * 16));
+      const uint4 old = *reinterpret_cast<const uint4*>(at);
+      std::uint32_t words[4] = {old.x, old.y, old.z, old.w};
+      float x[lanes_of<State>];
+      unpack<State>(words, x);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float low, high;
-          widen(words[j], low, high, State{});
-          words[j] = gatedelta::cuda::narrow(decay * low + more[j][2 * half], decay * high + more[j][2 * half + 1], State{});
-        }
-        *at = make_uint4(words[0], words[1], words[2], words[3]);
-      } else {
+      for (int pair = 0; pair < pairs; ++pair) {
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-          auto* const at = reinterpret_cast<float4*>(vector_at(half, 8 * i + j / 2));
-          const float4 x = *at;
-          *at = make_float4(decay * x.x + more[j][2 * half], decay * x.y + more[j][2 * half + 1],
-                            decay * x.z + more[j + 1][2 * half], decay * x.w + more[j + 1][2 * half + 1]);
-        }
+        for (int e = 0; e < 2; ++e) x[2 * pair + e] = decay * x[2 * pair + e] + more[pair][2 * half + e];
+        if constexpr (narrow_state)
+          words[pair] = gatedelta::cuda::narrow(x[2 * pair], x[2 * pair + 1], State{});
+        else
+          words[2 * pair] = __float_as_uint(x[2 * pair]), words[2 * pair + 1] = __float_as_uint(x[2 * pair + 1]);
       }
+      __stcs(reinterpret_cast<uint4*>(to + 8 * half * key_dim), make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 
@@ -100,12 +99,6 @@ class StateRows {
     const int g = lane_ / 4, flip = g % 2 * 64;
     return at_shared(memory_ + g * line_bytes + lane_ % 4 * 16 + (m % 2 == 0 ? flip : -flip) + 8 * half * line_bytes + m * 64);
   }
-  /// Of row g or g + 8, vector `first` + c, or with a wide state + 2 c.
-  __device__ char* vector_at(int half, int first) const {
-    const int g = lane_ / 4, c = lane_ % 4, vector = first + (narrow_state ? c : 2 * c);
-    return at_shared(memory_ + (8 * half + g) * line_bytes + (vector ^ swizzle(g)) * 16);
-  }
-
   template <class Pointer, class Function>
   __device__ __forceinline__ void for_each_vector(Pointer* first, Function function) const {
     constexpr int step = 32 / vectors;  // rows

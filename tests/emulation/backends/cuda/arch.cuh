@@ -85,6 +85,11 @@ inline void store_transposed(void* row, const std::uint32_t (&in)[4]) {
     }
 }
 
+template <class Word, class T>
+void load_if(bool wanted, Word& x, const T* from) {
+  if (wanted) x = *from;
+}
+
 template <class T>
 void forget(T&) {}
 
