@@ -332,7 +332,8 @@ class TokenColumns<key_dim, 1, width> {
     const float query_scale = p.scale * normalisation<common>(p, shuffle(products[1], 4));
     read_out_ = query_scale * (key_norm_ * shuffle(products[1], 0));
     key_factor[0][0] = -beta * (decay_ * key_norm_), value_factor[0][0] = beta, query_factor[0][0] = 0;
-    key_factor[0][1] = value_factor[0][1] = 0, query_factor[0][1] = c == 0 ? query_scale * decay_ : 0.0f;
+    query_factor_ = query_scale * decay_;
+    key_factor[0][1] = value_factor[0][1] = 0, query_factor[0][1] = c == 0 ? query_factor_ : 0.0f;
   }
 
   static constexpr std::size_t shared_bytes = 128 * 9;
@@ -344,9 +345,9 @@ class TokenColumns<key_dim, 1, width> {
   }
 
   /// The factors of a value and of S k in the correction, of S q and the correction in the output, and of the correction in an
-  /// entry. Lane 0 knows them.
+  /// entry, with the lane's gates.
   __device__ void store_factors(float* to) const {
-    to[0] = value_factor[0][0], to[1] = key_factor[0][0], to[2] = query_factor[0][1], to[3] = read_out_, to[4] = key_norm_;
+    to[0] = value_factor[0][0], to[1] = key_factor[0][0], to[2] = query_factor_, to[3] = read_out_, to[4] = key_norm_;
   }
   __device__ float log_decay() const { return log_decay_; }
 
@@ -378,7 +379,7 @@ class TokenColumns<key_dim, 1, width> {
   GateInputs gates_;
   float log_decay_ = 0;
   float decay_, key_norm_;
-  float read_out_;  ///< factor of the correction in the output
+  float query_factor_, read_out_;  ///< factors of S q and of the correction in the output
 };
 
 }  // namespace gatedelta::cuda

@@ -84,6 +84,13 @@ cudaError_t launch_fast(const FastKernel& kernel, const Shape& shape, std::size_
   return cudaSuccess;
 }
 
+/// How many of a block's heads have a key and a query in common, one after the other from the first one.
+std::uint32_t team_of(const FastParams& p, std::uint32_t heads) {
+  const std::uint32_t count = p.k_group.count;
+  if (p.q_group.count != count) return 1;
+  return count % heads == 0 ? heads : heads % count == 0 ? count : 1;
+}
+
 }  // namespace
 
 cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaStream_t stream) {
@@ -110,14 +117,17 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
   ReplayParams<FastParams> p{};
   if (params.rows == 0 || plan.kernel != Kernel::replay || !narrow(params, p)) return launch_generic_replay(params, stream);
   p.window = params.window;
-  p.block_heads = static_cast<std::uint32_t>(plan.shape.heads);
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim);
+  const auto heads = static_cast<std::uint32_t>(plan.shape.heads);
+  p.block_heads = heads, p.team = make_group(team_of(p, heads));
+  const std::uint32_t teams = (heads + p.team.count - 1) / p.team.count;
+  p.token_warps = plan.token_tile == 1 ? teams : heads;
   const auto groups = static_cast<std::size_t>((p.window.capacity + 15) / 16);
-  const std::size_t head_bytes =
-      kernel.head_bytes + groups * kernel.head_group_bytes + static_cast<std::size_t>(p.value_dim) * kernel.head_value_bytes;
-  p.head_bytes = static_cast<std::uint32_t>(head_bytes);
-  return launch_fast(kernel, plan.shape, kernel.bytes + groups * kernel.group_bytes, p.block_heads * head_bytes, p, params.rows,
-                     stream, plan.shape.heads);
+  p.head_bytes = static_cast<std::uint32_t>(kernel.head_bytes + groups * kernel.head_group_bytes +
+                                            static_cast<std::size_t>(p.value_dim) * kernel.head_value_bytes);
+  p.team_bytes = static_cast<std::uint32_t>(kernel.team_bytes + groups * kernel.team_group_bytes);
+  return launch_fast(kernel, plan.shape, kernel.bytes + groups * kernel.group_bytes,
+                     heads * p.head_bytes + teams * p.team_bytes, p, params.rows, stream, plan.shape.heads);
 }
 
 }  // namespace gatedelta::cuda

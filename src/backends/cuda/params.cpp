@@ -19,11 +19,6 @@ void set(Tensor<std::int64_t, rank>& out, const TensorView& view) {
   for (int dim = 0; dim < rank; ++dim) out.strides[dim] = view.shape[dim] == 1 ? 0 : view.strides[dim];
 }
 
-Group group(std::int64_t count) {
-  const auto reciprocal = ((std::int64_t{1} << 32) + count - 1) / count;
-  return {static_cast<std::uint32_t>(count), count == 1 ? 0 : static_cast<std::uint32_t>(reciprocal)};
-}
-
 template <int rank>
 bool narrow(const Tensor<std::int64_t, rank>& in, Tensor<std::int32_t, rank>& out) {
   out.data = in.data;
@@ -51,11 +46,16 @@ WindowCallParams window_call(const Config& config, const ReplayWindow& window) {
   p.key_dim = static_cast<std::int32_t>(config.key_dim), p.value_dim = static_cast<std::int32_t>(config.value_dim);
   p.slice_rows = static_cast<std::int32_t>(rows_of_replayed_slice(config.key_dim, config.value_dim));
   p.slices = (p.value_dim + p.slice_rows - 1) / p.slice_rows;
-  p.k_group = group(config.heads() / config.k_heads);
+  p.k_group = make_group(config.heads() / config.k_heads);
   return p;
 }
 
 }  // namespace
+
+Group make_group(std::int64_t count) {
+  const auto reciprocal = ((std::int64_t{1} << 32) + count - 1) / count;
+  return {static_cast<std::uint32_t>(count), count == 1 ? 0 : static_cast<std::uint32_t>(reciprocal)};
+}
 
 ForwardParams make_params(const Call& call) {
   const Arguments& in = *call.arguments;
@@ -75,8 +75,8 @@ ForwardParams make_params(const Call& call) {
   p.snapshot_room = in.snapshots.defined() ? in.snapshots.shape[1] : 0;
   const std::int64_t heads = config.heads();
   p.heads = static_cast<std::int32_t>(heads);
-  p.q_group = group(heads / config.q_heads), p.k_group = group(heads / config.k_heads);
-  p.v_group = group(heads / config.v_heads);
+  p.q_group = make_group(heads / config.q_heads), p.k_group = make_group(heads / config.k_heads);
+  p.v_group = make_group(heads / config.v_heads);
   p.key_dim = static_cast<std::int32_t>(config.key_dim), p.value_dim = static_cast<std::int32_t>(config.value_dim);
   p.slice_rows = static_cast<std::int32_t>(rows_of_slice(config.key_dim, config.value_dim));
   p.slices = (p.value_dim + p.slice_rows - 1) / p.slice_rows;

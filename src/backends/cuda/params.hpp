@@ -28,6 +28,7 @@ struct Tensor {
 struct Group {
   std::uint32_t count, reciprocal;
 };
+Group make_group(std::int64_t count);
 
 /// The fast kernels have strides of 32 bits where that is enough, which halves the address arithmetic, and the members that
 /// every call needs first: each line of parameters that a launch touches is a miss in the constant cache.
@@ -77,7 +78,11 @@ template <class Call>
 struct ReplayParams : Call {
   WindowParams window;
   Tensor<std::int64_t, 2> parent;
-  std::uint32_t block_heads, head_bytes;  ///< the fast kernel: heads of a block, and what each has in its shared memory
+  // The fast kernel: heads of a block, how many of them have a key and a query in common, warps that prepare tokens, and what
+  // is in shared memory for a head and for those that share.
+  std::uint32_t block_heads;
+  Group team;
+  std::uint32_t token_warps, head_bytes, team_bytes;
 };
 
 /// Whether a tensor's elements along dimension `along` can be moved `width` at a time, in pieces of 16 bytes or all together if

@@ -18,7 +18,9 @@ FastKernel describe() {
           .group_bytes = replay_stages * group_stage_bytes,
           .head_bytes = Notes::groups_at,
           .head_group_bytes = Notes::group_bytes,
-          .head_value_bytes = Notes::value_bytes};
+          .head_value_bytes = Notes::value_bytes,
+          .team_bytes = Notes::team_bytes,
+          .team_group_bytes = Notes::team_group_bytes};
 }
 
 template <int key_dim, bool common>

@@ -14,56 +14,56 @@
 //
 // A block has some heads of one row, and what a row has to look up before it can begin, one load after the other, is looked up
 // once for all of them. States stream through the rings of the warps from head to head. While the first ones are on their way,
-// what does not depend on the value row is worked out: for each head by one warp what the tokens are to each other, and by
-// another one, if there are enough, M as a sum of three bfloat16 numbers.
+// what does not depend on the value row is worked out: by some warps what the tokens are to each other, and by others, if there
+// are enough, M as a sum of three bfloat16 numbers. Of heads with the same key and query, a team, most of that is the same.
 namespace gatedelta::cuda {
 
 constexpr int group_entries = 16;  ///< entries that a product takes at a time
 constexpr int replay_stages = 2;
-constexpr int replay_max_warps = 4;
+constexpr int replay_max_warps = 4, replay_max_heads = replay_max_warps;
 /// Of 16 value rows of the corrections of a group.
 constexpr int group_stage_bytes = group_entries * 16 * 2;
 
-/// What the warps of a block know of one head, in shared memory: written by one or two of them. The tokens' keys and queries
-/// are rows of a matrix; between rows there is a gap, so that 8 of them can be read at a time.
+/// What the warps of a block know of one head, in shared memory, in part with all of its team: written by one or two of them.
+/// The tokens' keys and queries are rows of a matrix; between rows there is a gap, so that 8 of them can be read at a time.
 template <class Tokens, int key_dim, int token_tile>
 struct HeadNotes {
   static constexpr int row_pitch = key_dim / 2 + 4, rows = token_tile == 1 ? 2 : 2 * token_tile;
-  static constexpr int numbers_at = rows * row_pitch * 4, checkpoint_at = numbers_at + [] {
+  // Of a team: the rows, and for sequences that are folded the keys of each 16 entries.
+  static constexpr int team_bytes = rows * row_pitch * 4, key_bytes = key_dim * 2, team_group_bytes = group_entries * key_bytes;
+  // Of a head: numbers of the tokens, gamma, of each 16 entries M and gamma_j, and v, token by token.
+  static constexpr int checkpoint_at = [] {
     if constexpr (token_tile == 1)
       return 32;
     else
       return static_cast<int>(Tokens::shared_bytes + Tokens::norms_bytes);
   }();
-  // Of 16 entries: M, gamma_j, and for rows that are folded the keys.
   static constexpr int groups_at = checkpoint_at + 16, mix_bytes = Tokens::blocks * 3 * 2 * 32 * 4;
-  static constexpr int keys_at = mix_bytes + group_entries * 4, key_bytes = key_dim * 2;
-  static constexpr int group_bytes = keys_at + group_entries * key_bytes;
+  static constexpr int group_bytes = mix_bytes + group_entries * 4;
   static constexpr int value_bytes = 2 * token_tile;  ///< for each of V
 
-  char* memory;
+  char *memory, *team;
   int lane;
 
-  __device__ Pair* row(int row) const { return reinterpret_cast<Pair*>(memory) + row * row_pitch; }
-  __device__ char* group(int group) const { return memory + groups_at + group * group_bytes; }
+  __device__ Pair* row(int row) const { return reinterpret_cast<Pair*>(team) + row * row_pitch; }
+  /// Vector v of the key of an entry of a group: so that those of 8 entries lie in different banks.
+  __device__ char* key_vector(int group, int entry, int v) const {
+    return team + team_bytes + group * team_group_bytes + entry * key_bytes + (v ^ entry % 8) * 16;
+  }
+  __device__ float* numbers() const { return reinterpret_cast<float*>(memory); }
+  __device__ void pass(Tokens& tokens, bool gives) const {
+    tokens.pass({memory, lane, gives});
+    tokens.pass_norms({memory + Tokens::shared_bytes, lane, gives});
+  }
   /// gamma.
   __device__ float& checkpoint_decay() const { return *reinterpret_cast<float*>(memory + checkpoint_at); }
-  /// gamma_j for j = 16 group ...
-  __device__ float* decays(int group) const { return reinterpret_cast<float*>(this->group(group) + mix_bytes); }
-  /// Vector v of the key of an entry of the group: so that those of 8 entries lie in different banks.
-  __device__ char* key_vector(int group, int entry, int v) const {
-    return this->group(group) + keys_at + entry * key_bytes + (v ^ entry % 8) * 16;
-  }
-  __device__ float* numbers() const { return reinterpret_cast<float*>(memory + numbers_at); }
-  __device__ void pass(Tokens& tokens, bool gives) const {
-    tokens.pass({memory + numbers_at, lane, gives});
-    tokens.pass_norms({memory + numbers_at + Tokens::shared_bytes, lane, gives});
-  }
+  __device__ char* group(int group) const { return memory + groups_at + group * group_bytes; }
   /// The lane's part of M.
   __device__ Pair& mix(int group, int block, int part, int half) const {
     return reinterpret_cast<Pair*>(this->group(group))[((block * 3 + part) * 2 + half) * 32 + lane];
   }
-  /// v, token by token.
+  /// gamma_j for j = 16 group ...
+  __device__ float* decays(int group) const { return reinterpret_cast<float*>(this->group(group) + mix_bytes); }
   __device__ std::uint16_t* values(int groups) const { return reinterpret_cast<std::uint16_t*>(this->group(groups)); }
 };
 
@@ -84,25 +84,32 @@ struct ReplayRow {
   }
 };
 
-/// One warp's work for a head: what the entries of the window are to its tokens.
-template <class Rows, int token_tile, class Tokens, class Notes>
-__device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h,
-                                                const Tokens& tokens, const Notes& notes) {
-  constexpr int runs = Tokens::runs;
+/// One warp's work for the heads of a team from h on: what the entries of the window are to its tokens. `notes_of` gives the
+/// notes of a head.
+template <class Rows, int token_tile, class Tokens, class NotesOf>
+__device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
+                                                const Tokens& tokens, const NotesOf& notes_of) {
+  constexpr int runs = Tokens::runs, words = max_window / 32;
+  const auto notes = notes_of(h);
   const int lane = notes.lane, g = lane / 4, c = lane % 4;
   const WindowParams& window = p.window;
   const int P = row.record.length, used = (P + group_entries - 1) / group_entries;
   const bool folds = P + static_cast<int>(p.tokens) > window.capacity;
   const auto key_stride = static_cast<int>(window.keys.strides[2]);
   const std::uint16_t* const keys = row.keys(p, h) + 8 * c;
-  const float* const decays = row.decays(p, h);
-  const auto decay_stride = static_cast<int>(window.decays.strides[2]);
 
   // A lane has the decays behind the entries lane and lane + 32.
-  float log_decays[2] = {};
+  float log_decays[replay_max_heads][words] = {};
+  const float* decays = row.decays(p, h);
 #pragma unroll
-  for (int word = 0; word < 2; ++word)
-    if (32 * word + lane < P) log_decays[word] = decays[product(row.record.places[word], decay_stride)];
+  for (int i = 0; i < replay_max_heads; ++i) {
+    if (i >= heads) break;
+#pragma unroll
+    for (int word = 0; word < words; ++word)
+      if (32 * word + lane < P)
+        log_decays[i][word] = decays[product(row.record.places[word], static_cast<int>(window.decays.strides[2]))];
+    decays += window.decays.strides[1];
+  }
   // Keys as rows of 16 entries, a lane's 8 at a time.
   uint4 entry_keys[2][runs] = {};
   const auto fetch_keys = [&](int group) {
@@ -118,12 +125,15 @@ __device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& 
   };
   if (used > 0) fetch_keys(0);
 
-  float checkpoint_decay = 1;
 #pragma unroll
-  for (int word = 1; word >= 0; --word) {
-    float gamma = 1;
-    if (32 * word < P) {
-      float product = expf(log_decays[word]);
+  for (int i = 0; i < replay_max_heads; ++i) {
+    if (i >= heads) break;
+    const auto own = notes_of(h + i);
+    float checkpoint_decay = 1;
+#pragma unroll
+    for (int word = words - 1; word >= 0; --word) {
+      if (32 * word >= P) continue;
+      float product = expf(log_decays[i][word]);
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
         const float behind = __shfl_down_sync(0xffffffffu, product, distance);
@@ -131,13 +141,12 @@ __device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& 
       }
       product *= checkpoint_decay;  // of the other word
       const float next = __shfl_down_sync(0xffffffffu, product, 1);
-      gamma = lane < 31 ? next : checkpoint_decay;
+      if (const int entry = 32 * word + lane; entry < used * group_entries)
+        own.decays(entry / group_entries)[entry % group_entries] = lane < 31 ? next : checkpoint_decay;
       checkpoint_decay = shuffle(product, 0);
     }
-    if (const int entry = 32 * word + lane; entry < used * group_entries)
-      notes.decays(entry / group_entries)[entry % group_entries] = gamma;
+    own.checkpoint_decay() = checkpoint_decay;
   }
-  notes.checkpoint_decay() = checkpoint_decay;
   __syncwarp();
 
 #pragma unroll 1
@@ -149,11 +158,11 @@ __device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& 
 #pragma unroll
         for (int i = 0; i < runs; ++i) {
           const uint4& x = entry_keys[half][i];
-          const Pair words[4] = {x.x, x.y, x.z, x.w};
+          const Pair pairs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
           for (int pair = 0; pair < 4; ++pair) {
             const int place = Rows::place_of_pair(i, pair, c);
-            reinterpret_cast<Pair*>(notes.key_vector(group, 8 * half + g, place / 4))[place % 4] = words[pair];
+            reinterpret_cast<Pair*>(notes.key_vector(group, 8 * half + g, place / 4))[place % 4] = pairs[pair];
           }
         }
     float products[2][Tokens::blocks][4] = {};
@@ -167,52 +176,67 @@ __device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& 
       }
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float decay = notes.decays(group)[8 * half + g];
+    for (int block = 0; block < Tokens::blocks; ++block)
 #pragma unroll
-      for (int block = 0; block < Tokens::blocks; ++block) {
-        float low = decay * (products[0][block][2 * half] + products[1][block][2 * half]);
-        float high = decay * (products[0][block][2 * half + 1] + products[1][block][2 * half + 1]);
+      for (int e = 0; e < 4; ++e) {
+        float& x = products[0][block][e];
+        x += products[1][block][e];
         // All even columns are the key's, all odd ones the query's, as those of the state.
-        if constexpr (token_tile == 1) low = shuffle(low, lane & ~3), high = shuffle(high, lane & ~3);
+        if constexpr (token_tile == 1) x = shuffle(x, lane & ~3);
+      }
+#pragma unroll 1
+    for (int i = 0; i < heads; ++i) {
+      const auto own = notes_of(h + i);
 #pragma unroll
-        for (int part = 0; part < 3; ++part) notes.mix(group, block, part, half) = transposed(take_upper(low, high));
+      for (int half = 0; half < 2; ++half) {
+        const float decay = own.decays(group)[8 * half + g];
+#pragma unroll
+        for (int block = 0; block < Tokens::blocks; ++block) {
+          float low = decay * products[0][block][2 * half], high = decay * products[0][block][2 * half + 1];
+#pragma unroll
+          for (int part = 0; part < 3; ++part) own.mix(group, block, part, half) = transposed(take_upper(low, high));
+        }
       }
     }
   }
 }
 
-/// And another's: what the tokens are to each other.
-template <int token_tile, bool common, class Tokens, class Notes>
-__device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p, Tokens& tokens, const Notes& notes) {
+/// And another's: what the tokens are to each other. One token of a team's heads differs in the gates alone, and lane i has
+/// those of head h + i; of more tokens a head is a warp's work.
+template <int token_tile, bool common, class Tokens, class NotesOf>
+__device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p, unsigned h, int heads, bool leads,
+                                               Tokens& tokens, const NotesOf& notes_of) {
+  const auto notes = notes_of(h);
   const int lane = notes.lane, g = lane / 4, c = lane % 4;
 #pragma unroll
   for (int block = 0; block < Tokens::blocks; ++block)
-    if (token_tile > 1 || g < 2)
+    if (leads && (token_tile > 1 || g < 2))
 #pragma unroll
       for (int i = 0; i < Tokens::runs; ++i)
         *reinterpret_cast<uint4*>(notes.row(8 * block + g) + 4 * c + 16 * i) =
             *reinterpret_cast<const uint4*>(tokens.run(block, i));
   tokens.template prepare<common>(p, static_cast<int>(p.tokens), g, c);
   if constexpr (token_tile == 1) {
-    if (lane == 0) tokens.store_factors(notes.numbers());
+    if (lane < heads) tokens.store_factors(notes_of(h + static_cast<unsigned>(lane)).numbers());
   } else {
     notes.pass(tokens, true);
   }
 }
 
-/// The entry of token g but for its correction, at `place`.
-template <class Tokens>
-__device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h,
-                                            const Tokens& tokens, int place, int g, int c) {
-  if (g >= static_cast<int>(p.tokens)) return;
-  if (head_of(h, p.k_group) * p.k_group.count == h) {
+/// The entry of token g but for its correction, at `place`; or, of one token, those of the heads of a team.
+template <int token_tile, class Tokens>
+__device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
+                                            const Tokens& tokens, int place, int lane) {
+  const int g = lane / 4, c = lane % 4;
+  if (g < static_cast<int>(p.tokens) && head_of(h, p.k_group) * p.k_group.count == h) {
     std::uint16_t* const keys = row.keys(p, h) + place * static_cast<int>(p.window.keys.strides[2]) + 8 * c;
 #pragma unroll
     for (int i = 0; i < Tokens::runs; ++i)
       *reinterpret_cast<uint4*>(keys + 32 * i) = *reinterpret_cast<const uint4*>(tokens.run(0, i));
   }
-  if (c == 0) row.decays(p, h)[product(place, static_cast<int>(p.window.decays.strides[2]))] = tokens.log_decay();
+  const bool has_decay = token_tile == 1 ? lane < heads : c == 0 && g < static_cast<int>(p.tokens);
+  const unsigned own = token_tile == 1 ? h + static_cast<unsigned>(lane) : h;
+  if (has_decay) row.decays(p, own)[product(place, static_cast<int>(p.window.decays.strides[2]))] = tokens.log_decay();
 }
 
 /// The state of 16 rows where the window is full: gamma S + sum_j gamma_j u_j k_j^T. `load_corrections` gives those of a group
@@ -294,32 +318,41 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   const int stage_bytes = Rows::bytes + groups * group_stage_bytes;
   const std::uint32_t memory = shared_offset(shared) + static_cast<std::uint32_t>(warp * stages * stage_bytes);
   const std::uint32_t notes_memory = shared_offset(shared) + static_cast<std::uint32_t>(warps * stages * stage_bytes);
-  const auto notes_of = [&](unsigned h) -> Notes { return {at_shared(notes_memory + (h - first_head) * p.head_bytes), lane}; };
+  const std::uint32_t teams_memory = notes_memory + p.block_heads * p.head_bytes;
+  const auto notes_of = [&](unsigned h) -> Notes {
+    const unsigned own = h - first_head;
+    return {at_shared(notes_memory + own * p.head_bytes), at_shared(teams_memory + head_of(own, p.team) * p.team_bytes), lane};
+  };
 
-  // Each head is the work of two warps if there are enough: one of the last ones has the tokens, one of the first ones the
-  // entries.
-  const int with_tokens = warp - max(warps - static_cast<int>(p.block_heads), 0),
-            heads = static_cast<int>(end_head - first_head);
-  const bool has_tokens = with_tokens >= 0 && with_tokens < heads;
+  // One of the last warps has the tokens of a head, or of a team, and one of the first ones the entries of a team.
+  const int team = static_cast<int>(p.team.count), heads = static_cast<int>(end_head - first_head);
+  const int token_heads = token_tile == 1 ? team : 1;  // of one warp
+  const int with_tokens = (warp - max(warps - static_cast<int>(p.token_warps), 0)) * token_heads, with_entries = warp * team;
+  const bool has_tokens = with_tokens >= 0 && with_tokens < heads, has_entries = with_entries < heads;
   const unsigned tokens_head = first_head + static_cast<unsigned>(with_tokens);
+  const unsigned entries_head = first_head + static_cast<unsigned>(with_entries);
 
   RowSlots<true> slots;
   slots.fetch(p, n, static_cast<unsigned>(lane));
   Tokens tokens(nullptr);
-  if (has_tokens || warp < heads) tokens.fetch(p, n, has_tokens ? tokens_head : first_head + warp, count, g, c);
+  if (has_tokens || has_entries) tokens.fetch(p, n, has_tokens ? tokens_head : entries_head, count, g, c);
   if (has_tokens) {
-    tokens.template fetch_gates<common>(p, n, tokens_head, count, g);
-    const auto* const v = static_cast<const std::uint16_t*>(p.v.data) + offset_of(p.v, n, 0u, head_of(tokens_head, p.v_group));
-    auto* const to = reinterpret_cast<uint4*>(notes_of(tokens_head).values(groups));
+    const unsigned own = token_tile == 1 ? min(tokens_head + static_cast<unsigned>(lane), end_head - 1) : tokens_head;
+    tokens.template fetch_gates<common>(p, n, own, count, g);
     const int vectors = p.value_dim / 8;
-    int t = 0, vector = lane;  // of this token
 #pragma unroll 1
-    for (int i = lane;; i += 32) {
+    for (unsigned h = tokens_head; h < min(tokens_head + static_cast<unsigned>(token_heads), end_head); ++h) {
+      const auto* const v = static_cast<const std::uint16_t*>(p.v.data) + offset_of(p.v, n, 0u, head_of(h, p.v_group));
+      auto* const to = reinterpret_cast<uint4*>(notes_of(h).values(groups));
+      int t = 0, vector = lane;  // of this token
 #pragma unroll 1
-      for (; vector >= vectors; vector -= vectors) ++t;
-      if (t >= count) break;
-      __pipeline_memcpy_async(to + i, v + product(t, p.v.strides[1]) + 8 * vector, 16);
-      vector += 32;
+      for (int i = lane;; i += 32) {
+#pragma unroll 1
+        for (; vector >= vectors; vector -= vectors) ++t;
+        if (t >= count) break;
+        __pipeline_memcpy_async(to + i, v + product(t, p.v.strides[1]) + 8 * vector, 16);
+        vector += 32;
+      }
     }
   }
   slots.resolve(p, n);
@@ -351,7 +384,11 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
       Rows(memory + stage * stage_bytes, lane).fetch(ahead.state);
       advance(ahead);
     }
-    if (has_tokens) prepare_tokens<token_tile, common>(p, tokens, notes_of(tokens_head));
+    if (has_tokens)
+      prepare_tokens<token_tile, common>(
+          p, tokens_head, min(token_heads, heads - with_tokens),
+          head_of(static_cast<unsigned>(with_tokens), p.team) * p.team.count == static_cast<unsigned>(with_tokens), tokens,
+          notes_of);
     good = row.record.is_in_range(p, n, lane, warp == 0);
   }
   const int P = good ? row.record.length : 0, used = (P + group_entries - 1) / group_entries;
@@ -390,11 +427,11 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     }
     good = row.record.is_permutation(p, n, lane, warp == 0);
     if (good && has_tokens && blockIdx.x == 0)
-      store_entry(p, row, tokens_head, tokens, row.record.place_of(P + g, window.ring), g, c);
-    if (warp < heads) {
-      const unsigned h = first_head + static_cast<unsigned>(warp);
-      if (has_tokens && tokens_head != h) tokens.fetch(p, n, h, count, g, c);
-      prepare_entries<Rows, token_tile>(p, row, h, tokens, notes_of(h));
+      store_entry<token_tile>(p, row, tokens_head, min(token_heads, heads - with_tokens), tokens,
+                              row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring), lane);
+    if (has_entries) {
+      if (has_tokens && tokens_head != entries_head) tokens.fetch(p, n, entries_head, count, g, c);
+      prepare_entries<Rows, token_tile>(p, row, entries_head, min(team, heads - with_entries), tokens, notes_of);
     }
   }
   __pipeline_wait_prior(stages - 1);  // v
@@ -406,7 +443,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   const bool has_o = token_tile == 1 || (o_token >= 0 && o_token < count);
   const int v_token = Tokens::value_of(g);
   const bool has_v = v_token >= 0 && v_token < count;
-  int stage = 0;
+  int stage = 0, left_of_team = 0;
+  Pair columns[blocks][Rows::steps][2];
 #pragma unroll 1
   for (unsigned h = first_head; h < end_head; ++h) {
     std::uint16_t* o = static_cast<std::uint16_t*>(p.o.data);
@@ -420,14 +458,17 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     }
     std::uint16_t* new_corrections = corrections + product(h, window.corrections.strides[1]) + new_place * correction_stride;
     const Notes notes = notes_of(h);
-    Pair columns[blocks][Rows::steps][2];
+    if (left_of_team == 0) {
+      left_of_team = team;
 #pragma unroll
-    for (int block = 0; block < blocks; ++block)
+      for (int block = 0; block < blocks; ++block)
 #pragma unroll
-      for (int m = 0; m < Rows::steps; ++m)
+        for (int m = 0; m < Rows::steps; ++m)
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          columns[block][m][j] = notes.row(token_tile == 1 ? g % 2 : 8 * block + g)[Rows::key_of(m, j, c) / 2];
+          for (int j = 0; j < 2; ++j)
+            columns[block][m][j] = notes.row(token_tile == 1 ? g % 2 : 8 * block + g)[Rows::key_of(m, j, c) / 2];
+    }
+    --left_of_team;
     const float checkpoint_decay = notes.checkpoint_decay();
     Pair mixes[blocks][3][2] = {};
     if (used > 0)
