@@ -77,6 +77,14 @@ __device__ inline void store_transposed(void* row, const std::uint32_t (&in)[4])
                : "memory");
 }
 
+/// An asynchronous copy of 16 bytes into shared memory, of what is used once: the first to leave the L2 cache. The number is
+/// what createpolicy.fractional.L2::evict_first gives.
+__device__ inline void copy_streaming(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_offset(to)), "l"(from),
+               "l"(0x12f0000000000000ull)
+               : "memory");
+}
+
 /// Makes x unknown to the compiler, which then cannot work out ahead of a loop what follows from it and keep that in registers.
 __device__ inline void forget(std::uint32_t& x) { asm volatile("" : "+r"(x)); }
 template <class T>

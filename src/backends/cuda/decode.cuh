@@ -94,9 +94,11 @@ __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const 
   constexpr int first = last * Tile::key_lanes / 2, runs = keys / Tile::run;
   const unsigned lane = threadIdx.x % 32, key_lane = Tile::key_lane(lane), value_lane = Tile::value_lane(lane);
   const unsigned n = p.first_row + blockIdx.z, h = blockIdx.y;
-  const unsigned span_begin = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * p.span;
+  const unsigned span_begin = (blockIdx.x * p.warps + threadIdx.x / 32) * p.span;
   const unsigned span_end = min(span_begin + p.span, static_cast<unsigned>(p.value_dim));
   if (span_begin >= span_end) return;
+  RowSlots<common> slots;
+  slots.fetch(p, n, lane);  // all else waits for it
   cudaTriggerProgrammaticLaunchCompletion();
 
   const auto dtype_of = [](const Tensor<std::int32_t, 4>& tensor) { return common ? DType::bf16 : tensor.dtype; };
@@ -122,8 +124,6 @@ __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const 
     gates.fetch<common>(p, n, 0u, h);
     raw_v.fetch(p.v, dtype_of(p.v), v_at);
   };
-  RowSlots<common> slots;
-  slots.fetch(p, n, lane);
   extern __shared__ uint4 shared[];
   DecodeRing<Tile> ring(reinterpret_cast<char*>(shared) + threadIdx.x / 32 * DecodeRing<Tile>::bytes, lane);
   const unsigned span = span_end - span_begin;

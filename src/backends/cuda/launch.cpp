@@ -71,7 +71,7 @@ cudaError_t launch_fast(const FastKernel& kernel, const Shape& shape, std::size_
   what.threads = 32 * static_cast<unsigned>(shape.warps);
   what.shared_bytes = block_bytes + static_cast<std::size_t>(shape.warps) * warp_bytes;
   const int tiles = std::max((shape.span + kernel.warp_rows - 1) / kernel.warp_rows, 1);
-  p.span = static_cast<std::uint32_t>(tiles * kernel.warp_rows);
+  p.span = static_cast<std::uint16_t>(tiles * kernel.warp_rows), p.warps = static_cast<std::uint16_t>(shape.warps);
   const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * shape.warps;
   what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows),
                    static_cast<unsigned>((p.heads + block_heads - 1) / block_heads));

@@ -30,29 +30,34 @@ struct Group {
 };
 Group make_group(std::int64_t count);
 
-/// The fast kernels have strides of 32 bits where that is enough, which halves the address arithmetic, and the members that
-/// every call needs first: each line of parameters that a launch touches is a miss in the constant cache.
+/// The fast kernels have strides of 32 bits where that is enough, which halves the address arithmetic. Each line of 64 bytes of
+/// parameters that a launch touches is a miss in the constant cache, for which its warps wait: so what is wanted together, and
+/// first of all for finding the slot, lies together. The first line has room for 48 bytes.
 template <class Stride>
 struct Params {
   Tensor<Stride, 1> read_slots, write_slots;
+  std::uint32_t first_row;    ///< of this launch
+  std::uint16_t span, warps;  ///< value rows of a warp, and warps of a block
+  std::int32_t value_dim;
+  bool l2norm, initial_state, store_final, store_tokens;
+
   Tensor<std::int64_t, 4> state_read;
+  std::int64_t slots, null_slot;
+
   Tensor<Stride, 4> q, k, v, o;
   Tensor<Stride, 3> gate, beta;  ///< a or g, b or beta
   Tensor<Stride, 1> A_log, dt_bias;
-  Tensor<std::int64_t, 4> state_write;
   Group q_group, k_group, v_group;
-  std::uint32_t first_row;  ///< of this launch
-  std::int32_t value_dim, heads;
-  std::uint32_t span;  ///< value rows of a warp
-  int parts;           ///< of q and k as sums of bfloat16 numbers
   float l2_eps, softplus_beta, softplus_threshold, scale;
   DType state_dtype;
   GateForm gate_form;
   BetaForm beta_form;
-  bool l2norm, initial_state, store_final, store_tokens;
   bool vector_keys;  ///< q and k may be loaded 16 bytes at a time
   bool dependent;    ///< the launch may begin before the one before it has ended
-  std::int64_t slots, null_slot;
+
+  Tensor<std::int64_t, 4> state_write;
+  std::int32_t heads;
+  int parts;     ///< of q and k as sums of bfloat16 numbers
   Fault* fault;  ///< the device's record
   std::int64_t rows, tokens;
   Tensor<Stride, 2> token_slots;

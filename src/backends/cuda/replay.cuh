@@ -303,9 +303,12 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   using Tokens = TokenColumns<key_dim, token_tile, 8>;
   using Notes = HeadNotes<Tokens, key_dim, token_tile>;
   constexpr int blocks = Tokens::blocks, parts = Rows::parts, stages = replay_stages;
-  const int warp = static_cast<int>(threadIdx.x / 32), warps = static_cast<int>(blockDim.x / 32);
+  constexpr bool streams = token_tile == 1;  // more tokens have been slower with it
+  const int warp = static_cast<int>(threadIdx.x / 32), warps = p.warps;
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
   const unsigned n = p.first_row + blockIdx.z, first_head = blockIdx.y * p.block_heads;
+  RowSlots<true> slots;
+  slots.fetch(p, n, static_cast<unsigned>(lane));  // all else waits for it
   const unsigned end_head = min(first_head + p.block_heads, static_cast<unsigned>(p.heads));
   const int span_begin = (static_cast<int>(blockIdx.x) * warps + warp) * static_cast<int>(p.span);
   const int span_end = min(span_begin + static_cast<int>(p.span), p.value_dim), count = static_cast<int>(p.tokens);
@@ -332,8 +335,6 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   const unsigned tokens_head = first_head + static_cast<unsigned>(with_tokens);
   const unsigned entries_head = first_head + static_cast<unsigned>(with_entries);
 
-  RowSlots<true> slots;
-  slots.fetch(p, n, static_cast<unsigned>(lane));
   Tokens tokens(nullptr);
   if (has_tokens || has_entries) tokens.fetch(p, n, has_tokens ? tokens_head : entries_head, count, g, c);
   if (has_tokens) {
@@ -381,7 +382,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
                  span_begin * key_dim + Rows::lane_offset(lane);
     Position ahead = next;
     for (int stage = 0; stage < stages && ahead.h < end_head; ++stage) {
-      Rows(memory + stage * stage_bytes, lane).fetch(ahead.state);
+      Rows(memory + stage * stage_bytes, lane).template fetch<streams>(ahead.state);
       advance(ahead);
     }
     if (has_tokens)
@@ -580,7 +581,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
                  (first_value * key_dim + Rows::vector_offset(lane)));
       __syncwarp();
       if (next.h < end_head) {
-        rows.fetch(next.state);
+        rows.template fetch<streams>(next.state);
         fetch_corrections(stage, next);
         advance(next);
       }

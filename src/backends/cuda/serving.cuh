@@ -67,7 +67,9 @@ __global__ void __launch_bounds__(
   const auto warp = threadIdx.x / 32;
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
   const unsigned n = p.first_row + blockIdx.z, h = blockIdx.y;
-  const int span_begin = static_cast<int>((blockIdx.x * (blockDim.x / 32) + warp) * p.span);
+  RowSlots<common> slots;
+  slots.fetch(p, n, static_cast<unsigned>(lane));  // all else waits for it
+  const int span_begin = static_cast<int>((blockIdx.x * p.warps + warp) * p.span);
   const int span_end = min(span_begin + static_cast<int>(p.span), p.value_dim), count = static_cast<int>(p.tokens);
   cudaTriggerProgrammaticLaunchCompletion();
 
@@ -78,8 +80,6 @@ __global__ void __launch_bounds__(
   const auto unit_at = [&](int stage) { return Unit(memory + stage * stage_bytes, static_cast<unsigned>(lane), p.value_dim); };
   Tokens tokens(shared);
   const ServingValues<Unit, token_tile> values(p, n, h, lane);
-  RowSlots<common> slots;
-  slots.fetch(p, n, static_cast<unsigned>(lane));
   const auto values_at = [&](int stage) { return memory + stage * stage_bytes + Unit::bytes; };
   const auto fetch_values = [&](int stage, int first_value) { values.fetch(values_at(stage), first_value, span_end); };
   const auto fetch_unit = [&](int stage, int first_value) {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(
   tokens.share(g, c);
   // One warp works for all.
   if (warp == 0) tokens.template prepare<common>(p, count, g, c);
-  if (blockDim.x > 32) {
+  if (p.warps > 1) {
     if (warp == 0) tokens.pass({shared, lane, true});
     __syncthreads();
     if (warp != 0) tokens.pass({shared, lane, false});

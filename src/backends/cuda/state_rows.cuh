@@ -23,8 +23,14 @@ class StateRows {
 
   /// Where the lane's first vector is, from the first row's first element on. With it, the copy of 16 rows starts.
   __device__ static int lane_offset(int lane) { return lane / vectors * key_dim + lane % vectors * lanes_of<State>; }
+  template <bool streams>
   __device__ void fetch(const State* from) const {
-    for_each_vector(from, [](char* to, const State* vector) { __pipeline_memcpy_async(to, vector, 16); });
+    for_each_vector(from, [](char* to, const State* vector) {
+      if constexpr (streams)
+        copy_streaming(to, vector);
+      else
+        __pipeline_memcpy_async(to, vector, 16);
+    });
   }
 
   /// Step m as a fragment, in parts that add up to it.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
 #include <cstdint>
 #include <cstring>
 
@@ -85,6 +86,7 @@ inline void store_transposed(void* row, const std::uint32_t (&in)[4]) {
     }
 }
 
+inline void copy_streaming(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
 template <class Word, class T>
 void load_if(bool wanted, Word& x, const T* from) {
   if (wanted) x = *from;
