@@ -17,10 +17,6 @@
 namespace gatedelta::python {
 namespace {
 
-[[noreturn]] void fail_dtype(const char* name, const std::string& found) {
-  fail(name, "expected dtype float32, float16 or bfloat16, or int32 or int64 for indices, got " + found);
-}
-
 [[noreturn]] void fail_read_only(const char* name, const char* why) { fail(name, std::string("is written, but ") + why); }
 
 /// Attribute names, made once and never freed: looking up an interned name costs no string comparison.

@@ -6,6 +6,7 @@
 
 #include "docs.hpp"
 #include "gatedelta/gatedelta.hpp"
+#include "jax.hpp"
 #include "window.hpp"
 
 #ifdef GATEDELTA_CUDA
@@ -52,6 +53,7 @@ struct Output {
   Output(nb::object given) : array(std::move(given)), asked(array.is(Py_True)) {
     if (array.is(Py_False)) array = nb::none();
   }
+  bool is_new_or_none() const { return asked || array.is_none(); }
 };
 
 nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::handle a, nb::handle A_log, nb::handle dt_bias,
@@ -61,8 +63,21 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
                    nb::handle parent, bool update_state, std::optional<double> scale, bool qk_l2norm, double l2_eps,
                    double softplus_beta, double softplus_threshold, bool negative_eigenvalues, std::int64_t null_slot,
                    int num_threads, Name backend, Stream stream) {
-  Arrays arrays;
   Output state_out(std::move(state_out_given)), snapshots(std::move(snapshots_given));
+  const Options options{scale,     qk_l2norm,  l2_eps, softplus_beta, softplus_threshold, negative_eigenvalues,
+                        null_slot, num_threads};
+  if (framework_of(q) == Framework::jax && o.is_none() && state_out.is_new_or_none() && snapshots.is_new_or_none() &&
+      window == nullptr && layer == 0 && parent.is_none() && (state.is_none() || !update_state) && !stream) {
+    nb::object results = jax_forward(
+        {{q, k, v, a, A_log, dt_bias, g, b, beta, state, read_slots, write_slots, token_slots, accepted, state_in, cu_seqlens},
+         state_out.asked,
+         snapshots.asked,
+         update_state,
+         options,
+         backend.value_or("")});
+    if (results.is_valid()) return results;
+  }
+  Arrays arrays;
   Arguments in;
   in.q = arrays.read("q", q), in.k = arrays.read("k", k), in.v = arrays.read("v", v);
   in.a = arrays.read("a", a), in.A_log = arrays.read("A_log", A_log), in.dt_bias = arrays.read("dt_bias", dt_bias);
@@ -82,8 +97,6 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
   in.cu_seqlens = arrays.read("cu_seqlens", cu_seqlens);
   in.update_state = update_state;
 
-  const Options options{scale,     qk_l2norm,  l2_eps, softplus_beta, softplus_threshold, negative_eigenvalues,
-                        null_slot, num_threads};
   Config config = configuration(in, options);
   const std::int64_t rows = in.cu_seqlens.defined() ? std::max<std::int64_t>(in.cu_seqlens.shape[0] - 1, 0) : in.q.shape[0];
   const std::int64_t heads = config.heads(), tokens = in.q.shape[1];
@@ -105,10 +118,9 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
                          state_dtype);
   else
     in.snapshots = arrays.write("snapshots", snapshots.array);
-  arrays.allocate(q, in.q.device, results);
-
   set_dtypes(config, in);
-  const GatedDeltaRule rule(config, backend.value_or(""));
+  const GatedDeltaRule rule(config, backend.value_or(""));  // first, as libraries have no arrays of every size and dtype
+  arrays.allocate(q, in.q.device, results);
   in.stream = stream_for(arrays, q, in.q.device, stream);
   bool wait = false;
   if (in.q.device.type == DeviceType::cuda) {

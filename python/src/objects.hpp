@@ -19,6 +19,10 @@ namespace nb = nanobind;
   throw Error(ErrorCode::invalid_argument, std::string(name) + ": " + message);
 }
 
+[[noreturn]] inline void fail_dtype(const char* name, const std::string& found) {
+  fail(name, "expected dtype float32, float16 or bfloat16, or int32 or int64 for indices, got " + found);
+}
+
 inline std::string text(nb::handle object) { return nb::cast<std::string>(nb::str(object)); }
 
 /// What a function of Python's has returned: throws the exception that it has set.
