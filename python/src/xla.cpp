@@ -56,15 +56,6 @@ std::optional<DType> dtype_of(xla::DataType type) {
   }
 }
 
-std::optional<DType> dtype_of(std::string_view name) {
-  if (name == "float32") return DType::f32;
-  if (name == "float16") return DType::f16;
-  if (name == "bfloat16") return DType::bf16;
-  if (name == "int32") return DType::i32;
-  if (name == "int64") return DType::i64;
-  return std::nullopt;
-}
-
 /// The tensors of a call by their names in gatedelta.jax.
 TensorView* tensor(Arguments& in, std::string_view name) {
   using Call = Arguments;
@@ -221,7 +212,7 @@ void check_call(const std::vector<Description>& tensors, const std::vector<doubl
   for (const auto& [name, dtype_name, shape] : tensors) {
     TensorView& view = *tensor(in, name);
     view = {};
-    const std::optional<DType> dtype = dtype_of(dtype_name);
+    const std::optional<DType> dtype = type_of_name(dtype_name);
     if (!dtype) fail_dtype(name.c_str(), dtype_name);
     view.dtype = *dtype;
     set_shape(name.c_str(), view, shape);
