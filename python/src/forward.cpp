@@ -7,6 +7,7 @@
 #include "docs.hpp"
 #include "gatedelta/gatedelta.hpp"
 #include "jax.hpp"
+#include "objects.hpp"
 #include "window.hpp"
 
 #ifdef GATEDELTA_CUDA
@@ -172,6 +173,17 @@ void check(nb::handle array, Stream stream) {
   check_all(device, queue);
 }
 
+/// Whether one of `tensors` is of another type than `plain`, or needs a gradient where these are recorded.
+bool any_special(const nb::tuple& tensors, const nb::tuple& plain, bool gradients) {
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  for (nb::handle tensor : tensors) {
+    if (tensor.is_none() || PyBool_Check(tensor.ptr())) continue;
+    if (!PySequence_Contains(plain.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())))) return true;
+    if (gradients && attribute(tensor, requires_grad).is(Py_True)) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 Config configuration(const Arguments& in, const Options& options) {
@@ -220,17 +232,24 @@ void check_all(Device device, void* stream) {
 void define_operator(nb::module_& module) {
   using nb::arg;
   const auto optional = [](const char* name) { return arg(name).none() = nb::none(); };
-  module.def("forward", &forward, arg("q"), arg("k"), arg("v"), optional("o"), nb::kw_only(), optional("a"), optional("A_log"),
-             optional("dt_bias"), optional("g"), optional("b"), optional("beta"), optional("state"), optional("read_slots"),
-             optional("write_slots"), optional("token_slots"), optional("accepted"), optional("state_in"),
-             optional("state_out"), optional("snapshots"), optional("cu_seqlens"), arg("window").none() = nb::none(),
-             arg("layer") = 0, optional("parent"), arg("update_state") = true, arg("scale") = nb::none(),
-             arg("qk_l2norm") = true, arg("l2_eps") = 1e-6, arg("softplus_beta") = 1.0, arg("softplus_threshold") = 20.0,
-             arg("negative_eigenvalues") = false, arg("null_slot") = -1, arg("num_threads") = 0, arg("backend") = nb::none(),
-             arg("stream") = nb::none(), nb::sig(forward_signature), forward_doc);
+  const auto add_forward = [&](const char* name, const char* signature, const char* doc, auto... after_o) {
+    module.def(name, &forward, arg("q"), arg("k"), arg("v"), optional("o"), after_o..., optional("a"), optional("A_log"),
+               optional("dt_bias"), optional("g"), optional("b"), optional("beta"), optional("state"), optional("read_slots"),
+               optional("write_slots"), optional("token_slots"), optional("accepted"), optional("state_in"),
+               optional("state_out"), optional("snapshots"), optional("cu_seqlens"), arg("window").none() = nb::none(),
+               arg("layer") = 0, optional("parent"), arg("update_state") = true, arg("scale") = nb::none(),
+               arg("qk_l2norm") = true, arg("l2_eps") = 1e-6, arg("softplus_beta") = 1.0, arg("softplus_threshold") = 20.0,
+               arg("negative_eigenvalues") = false, arg("null_slot") = -1, arg("num_threads") = 0, arg("backend") = nb::none(),
+               arg("stream") = nb::none(), nb::sig(signature), doc);
+  };
+  add_forward("forward", forward_signature, forward_doc, nb::kw_only());
+  // For callers that have all arguments: looking up 30 of them by name takes as long as half of the rest.
+  add_forward("_forward", "def _forward(*arguments: Any) -> Any", "forward() of its arguments by position.");
   module.def("commit", &commit, arg("snapshots"), arg("accepted"), arg("state"), arg("write_slots"), nb::kw_only(),
              arg("null_slot") = -1, arg("backend") = nb::none(), arg("stream") = nb::none(), nb::sig(commit_signature),
              commit_doc);
+  module.def("_any_special", &any_special, arg("tensors"), arg("plain"), arg("gradients"),
+             "Whether a tensor is of no plain type, or needs a gradient where these are recorded.");
   module.def("check", &check, arg("array"), nb::kw_only(), arg("stream") = nb::none(), nb::sig(check_signature), check_doc);
 }
 
