@@ -19,7 +19,9 @@ TENSORS = ("q", "k", "v", "a", "A_log", "dt_bias", "g", "b", "beta", "state", "r
 def is_compiled(sharding):
     """Whether calls on arrays with this sharding are compiled programs."""
     devices = list(sharding.device_set)
-    return hasattr(jax, "ffi") and len(devices) == 1 and devices[0].platform in COMPILED
+    if not hasattr(jax, "ffi") or len(devices) != 1 or devices[0].platform not in COMPILED:
+        return False
+    return sharding.memory_kind in (None, devices[0].default_memory().kind)  # not the host's memory that a device can use
 
 
 @functools.lru_cache(maxsize=256)

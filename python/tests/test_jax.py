@@ -127,6 +127,27 @@ def test_nothing_waits(way):
     assert there == (way == "arrays")
 
 
+def test_a_bad_slot(way):
+    x = {name: jax.numpy.asarray(array) for name, array in inputs().items()}
+    state, slots = jax.numpy.zeros((2, 4, 24, 16)), jax.numpy.asarray([0, 99])
+
+    def call():
+        return gatedelta.forward(**x, state=state, read_slots=slots, update_state=False)
+
+    if state.device.platform == "cpu":
+        kind = gatedelta.InvalidArgument if way == "arrays" else jax.errors.JaxRuntimeError
+        with pytest.raises(kind, match="read_slots: .*99"):
+            call().block_until_ready()
+    elif way == "arrays":
+        with pytest.raises(gatedelta.DeviceError, match="read_slots: row 1 has slot 99"):
+            call()
+    else:
+        o = call()
+        with pytest.raises(gatedelta.DeviceError, match="read_slots: row 1 has slot 99"):
+            gatedelta.check(o)
+        gatedelta.check(o)
+
+
 def test_several_threads():
     calls = [{name: jax.numpy.asarray(array) for name, array in inputs(B=B).items()} for B in (1, 2, 3, 4)]
     alone = [np.asarray(gatedelta.forward(**call, scale=0.5)) for call in calls]
