@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "objects.hpp"
@@ -101,30 +102,49 @@ nb::object filled_stock(nb::handle like, std::span<const NewArray> arrays) {
 
 /// The programs for arrays with one sharding.
 struct Place {
-  nb::object sharding;  ///< its address must stay its own
+  nb::object sharding;
   bool compiled = false;
   std::unordered_map<std::string, nb::object> programs;  ///< by the bytes of what they are made from
 };
 
 constexpr std::size_t most_kept = 256;
 
-std::unordered_map<PyObject*, std::shared_ptr<Place>>& places() {
-  static auto* all = new std::unordered_map<PyObject*, std::shared_ptr<Place>>;
-  return *all;
+struct Places {
+  nb::dict all;  ///< capsules with pointers to places, by their shardings, of which equal ones are often different objects
+  nb::object last_sharding;
+  std::shared_ptr<Place> last;
+};
+
+Places& places() {
+  static auto* instance = new Places;
+  return *instance;
+}
+
+std::shared_ptr<Place> find_place(const nb::object& sharding) {
+  nb::dict all = places().all;  // other threads may forget it
+  PyObject* const known = PyDict_GetItemWithError(all.ptr(), sharding.ptr());
+  if (known != nullptr) return *static_cast<std::shared_ptr<Place>*>(PyCapsule_GetPointer(known, nullptr));
+  if (PyErr_Occurred()) nb::raise_python_error();
+  const bool compiled = nb::cast<bool>(nb::handle(functions().is_compiled)(sharding));
+  auto place = std::make_shared<Place>(Place{sharding, compiled, {}});
+  if (all.size() >= most_kept) all.clear();
+  all[sharding] = nb::capsule(new std::shared_ptr<Place>(place),
+                              [](void* kept) noexcept { delete static_cast<std::shared_ptr<Place>*>(kept); });
+  return place;
 }
 
 /// Null for what has no sharding: traced arrays.
 std::shared_ptr<Place> place_of(nb::handle array) {
-  PyObject* const sharding = PyObject_GetAttr(array.ptr(), names()._sharding);
-  if (sharding == nullptr) {
+  nb::object sharding = nb::steal(PyObject_GetAttr(array.ptr(), names()._sharding));
+  if (!sharding.is_valid()) {
     PyErr_Clear();
     return nullptr;
   }
-  nb::object kept = nb::steal(sharding);
-  if (const auto it = places().find(sharding); it != places().end()) return it->second;
-  const bool compiled = nb::cast<bool>(nb::handle(functions().is_compiled)(kept));
-  if (places().size() >= most_kept) jax_forget();
-  return places()[sharding] = std::make_shared<Place>(Place{std::move(kept), compiled, {}});
+  if (sharding.is(places().last_sharding)) return places().last;
+  const std::shared_ptr<Place> place = find_place(sharding);
+  std::shared_ptr<Place> kept = place;
+  kept.swap(places().last), std::swap(sharding, places().last_sharding);  // both before Python code runs where the old ones end
+  return place;
 }
 
 nb::object program_of(Place& place, std::uint32_t given, const JaxCall& call) {
@@ -189,8 +209,7 @@ nb::object jax_forward(const JaxCall& call) {
 }
 
 void jax_forget() {
-  std::unordered_map<PyObject*, std::shared_ptr<Place>> old;
-  old.swap(places());  // first, as Python code may run where they end
+  const Places old = std::exchange(places(), Places{});  // Python code may run where they end
 }
 
 nb::object jax_export(const char* name, nb::handle array) {
