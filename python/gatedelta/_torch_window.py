@@ -63,11 +63,7 @@ def needs_operator(tensors):
     """Whether somebody has to see an operator: a compiler or a tracer, a mode or a subclass of tensors, or autograd."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return True
-    grad = torch.is_grad_enabled()
-    for x in tensors:  # a loop: any() of a generator takes microseconds
-        if x is not None and (type(x) not in _PLAIN or (grad and x.requires_grad)) and x is not True and x is not False:
-            return True
-    return False
+    return _core._any_special(tensors, _PLAIN, torch.is_grad_enabled())
 
 
 def written(*tensors):

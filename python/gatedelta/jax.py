@@ -5,8 +5,6 @@ Importing this module registers it with XLA, for the host and, where gatedelta h
 results, and nothing waits. There are no gradients and no vmap.
 """
 
-import math
-
 import jax
 import numpy as np
 
@@ -62,17 +60,27 @@ def forward(
     given = dict(q=q, k=k, v=v, a=a, A_log=A_log, dt_bias=dt_bias, g=g, b=b, beta=beta, state=state, read_slots=read_slots)
     given.update(write_slots=write_slots, token_slots=token_slots, accepted=accepted, state_in=state_in, cu_seqlens=cu_seqlens)
     given = {name: jax.numpy.asarray(array) for name, array in given.items() if array is not None}
-    q, k, v = given["q"], given["k"], given["v"]
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.ndim != 4:
-            raise InvalidArgument(f"{name}: expected 4 dimensions, got {list(array.shape)}")
+    options = (scale, qk_l2norm, l2_eps, softplus_beta, softplus_threshold, negative_eigenvalues, null_slot, num_threads)
+    return _call(given, state_out, snapshots, update_state, backend or "", options)
 
-    rows = q.shape[0] if cu_seqlens is None else given["cu_seqlens"].shape[0] - 1
+
+def _call(given, state_out, snapshots, update_state, backend, options, device=None):
+    """With `device`, that is where the program runs, and a backend is looked for. `options` begin with the scale; all are numbers in
+    the order in which the compiled part takes them."""
+    for name, array in given.items():
+        if not 1 <= array.ndim <= 5:
+            raise InvalidArgument(f"{name}: expected 1 to 5 dimensions, got {array.ndim}")
+    q, k, v = given["q"], given["k"], given["v"]
+    for name, expected in (("q", "[B, T, HQ, K]"), ("k", "[B, T, HK, K]"), ("v", "[B, T, HV, V]")):
+        if given[name].ndim != 4:
+            raise InvalidArgument(f"{name}: expected {expected}, got {list(given[name].shape)}")
+
+    rows = max(given["cu_seqlens"].size - 1, 0) if "cu_seqlens" in given else q.shape[0]
     tokens, heads, sizes = q.shape[1], max(q.shape[2], k.shape[2], v.shape[2]), (v.shape[3], q.shape[3])
     dtype = next((given[name].dtype for name in ("state_in", "state") if name in given), jax.numpy.float32)
     results = {"o": jax.ShapeDtypeStruct((q.shape[0], tokens, heads, sizes[0]), v.dtype)}
     aliases = {}
-    if state is not None and update_state:
+    if "state" in given and update_state:
         results["state"] = jax.ShapeDtypeStruct(given["state"].shape, given["state"].dtype)
         aliases = {list(given).index("state"): 1}
     if state_out:
@@ -80,14 +88,17 @@ def forward(
     if snapshots:
         results["snapshots"] = jax.ShapeDtypeStruct((rows, tokens, heads, *sizes), dtype)
 
-    options = [math.nan if scale is None else scale, qk_l2norm, l2_eps, softplus_beta, softplus_threshold]
-    options += [negative_eigenvalues, null_slot, num_threads, update_state]
+    scale, *others = options
+    options = [update_state, scale is not None, 0.0 if scale is None else scale, *others]
+    tensors = [(name, array.dtype.name, array.shape) for name, array in (*given.items(), *results.items())]
+    place = None if device is None else (device.platform == "gpu", device.local_hardware_id or 0)
+    _core._check_call(tensors, options, backend, place)
     call = jax.ffi.ffi_call(_TARGET, tuple(results.values()), input_output_aliases=aliases)
     made = call(
         *given.values(),
         arguments=" ".join(given),
         results=" ".join(results),
         options=np.array(options, np.float64),
-        backend=backend or "",
+        backend=backend,
     )
     return made[0] if len(made) == 1 else tuple(made)

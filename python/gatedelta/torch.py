@@ -131,13 +131,10 @@ def forward(
     """
     if not needs_operator((q, k, v, o, a, A_log, dt_bias, g, b, beta, state, read_slots, write_slots, token_slots, accepted,
                            state_in, state_out, snapshots, cu_seqlens, parent)):  # fmt: skip
-        result = _core.forward(
-            q, k, v, o, a=a, A_log=A_log, dt_bias=dt_bias, g=g, b=b, beta=beta, state=state, read_slots=read_slots,
-            write_slots=write_slots, token_slots=token_slots, accepted=accepted, state_in=state_in, state_out=state_out,
-            snapshots=snapshots, cu_seqlens=cu_seqlens, window=None if window is None else window._window, layer=layer,
-            parent=parent, update_state=update_state, scale=scale, qk_l2norm=qk_l2norm, l2_eps=l2_eps,
-            softplus_beta=softplus_beta, softplus_threshold=softplus_threshold,
-            negative_eigenvalues=negative_eigenvalues, null_slot=null_slot, num_threads=num_threads, backend=backend,
+        result = _core._forward(
+            q, k, v, o, a, A_log, dt_bias, g, b, beta, state, read_slots, write_slots, token_slots, accepted, state_in, state_out,
+            snapshots, cu_seqlens, None if window is None else window._window, layer, parent, update_state, scale, qk_l2norm,
+            l2_eps, softplus_beta, softplus_threshold, negative_eigenvalues, null_slot, num_threads, backend,
         )  # fmt: skip
         written(o, state if update_state else None, state_out, snapshots)
         if window is not None:

@@ -21,7 +21,7 @@ namespace nb = nanobind;
 
 struct DLTensor;
 
-enum class Framework : std::uint8_t { none, numpy, torch, jax, cuda_interface, dlpack };
+enum class Framework : std::uint8_t { none, numpy, torch, jax, cupy, cuda_interface, dlpack };
 
 /// An array that a call is to make; `view` becomes its view.
 struct NewArray {
@@ -69,6 +69,7 @@ class Arrays {
   TensorView view(const char* name, nb::handle array, bool written);
   TensorView view_numpy(const char* name, nb::handle array, bool written);
   TensorView view_torch(const char* name, nb::handle array);
+  TensorView view_cupy(const char* name, nb::handle array);
   TensorView view_cuda_interface(const char* name, nb::handle array, bool written);
   TensorView view_dlpack(const char* name, nb::handle array, bool written);
   static nb::object make(nb::handle like, const NewArray& array);

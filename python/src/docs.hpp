@@ -59,7 +59,7 @@ Returns o, or (o, state_out), (o, snapshots), (o, state_out, snapshots) where th
 
 Host arrays: the work is done on return. CUDA arrays: it is enqueued on the stream; bad slots become an error in check(). The
 GIL is released. JAX arrays cannot be changed, so that o, state_out and snapshots are always new and `state` needs
-update_state=False; JAX on CUDA waits for the result. Not differentiable.
+update_state=False; on CUDA a call on them is a compiled program of XLA's and waits for nothing. Not differentiable.
 
 Raises InvalidArgument, Unsupported, OutOfMemory or DeviceError, all of them Error.)";
 

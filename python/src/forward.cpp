@@ -6,6 +6,8 @@
 
 #include "docs.hpp"
 #include "gatedelta/gatedelta.hpp"
+#include "jax.hpp"
+#include "objects.hpp"
 #include "window.hpp"
 
 #ifdef GATEDELTA_CUDA
@@ -52,6 +54,7 @@ struct Output {
   Output(nb::object given) : array(std::move(given)), asked(array.is(Py_True)) {
     if (array.is(Py_False)) array = nb::none();
   }
+  bool is_new_or_none() const { return asked || array.is_none(); }
 };
 
 nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::handle a, nb::handle A_log, nb::handle dt_bias,
@@ -61,8 +64,21 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
                    nb::handle parent, bool update_state, std::optional<double> scale, bool qk_l2norm, double l2_eps,
                    double softplus_beta, double softplus_threshold, bool negative_eigenvalues, std::int64_t null_slot,
                    int num_threads, Name backend, Stream stream) {
-  Arrays arrays;
   Output state_out(std::move(state_out_given)), snapshots(std::move(snapshots_given));
+  const Options options{scale,     qk_l2norm,  l2_eps, softplus_beta, softplus_threshold, negative_eigenvalues,
+                        null_slot, num_threads};
+  if (framework_of(q) == Framework::jax && o.is_none() && state_out.is_new_or_none() && snapshots.is_new_or_none() &&
+      window == nullptr && layer == 0 && parent.is_none() && (state.is_none() || !update_state) && !stream) {
+    nb::object results = jax_forward(
+        {{q, k, v, a, A_log, dt_bias, g, b, beta, state, read_slots, write_slots, token_slots, accepted, state_in, cu_seqlens},
+         state_out.asked,
+         snapshots.asked,
+         update_state,
+         options,
+         backend.value_or("")});
+    if (results.is_valid()) return results;
+  }
+  Arrays arrays;
   Arguments in;
   in.q = arrays.read("q", q), in.k = arrays.read("k", k), in.v = arrays.read("v", v);
   in.a = arrays.read("a", a), in.A_log = arrays.read("A_log", A_log), in.dt_bias = arrays.read("dt_bias", dt_bias);
@@ -82,8 +98,6 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
   in.cu_seqlens = arrays.read("cu_seqlens", cu_seqlens);
   in.update_state = update_state;
 
-  const Options options{scale,     qk_l2norm,  l2_eps, softplus_beta, softplus_threshold, negative_eigenvalues,
-                        null_slot, num_threads};
   Config config = configuration(in, options);
   const std::int64_t rows = in.cu_seqlens.defined() ? std::max<std::int64_t>(in.cu_seqlens.shape[0] - 1, 0) : in.q.shape[0];
   const std::int64_t heads = config.heads(), tokens = in.q.shape[1];
@@ -105,10 +119,9 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, nb::object o, nb::h
                          state_dtype);
   else
     in.snapshots = arrays.write("snapshots", snapshots.array);
-  arrays.allocate(q, in.q.device, results);
-
   set_dtypes(config, in);
-  const GatedDeltaRule rule(config, backend.value_or(""));
+  const GatedDeltaRule rule(config, backend.value_or(""));  // first, as libraries have no arrays of every size and dtype
+  arrays.allocate(q, in.q.device, results);
   in.stream = stream_for(arrays, q, in.q.device, stream);
   bool wait = false;
   if (in.q.device.type == DeviceType::cuda) {
@@ -160,6 +173,17 @@ void check(nb::handle array, Stream stream) {
   check_all(device, queue);
 }
 
+/// Whether one of `tensors` is of another type than `plain`, or needs a gradient where these are recorded.
+bool any_special(const nb::tuple& tensors, const nb::tuple& plain, bool gradients) {
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  for (nb::handle tensor : tensors) {
+    if (tensor.is_none() || PyBool_Check(tensor.ptr())) continue;
+    if (!PySequence_Contains(plain.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())))) return true;
+    if (gradients && attribute(tensor, requires_grad).is(Py_True)) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 Config configuration(const Arguments& in, const Options& options) {
@@ -208,17 +232,24 @@ void check_all(Device device, void* stream) {
 void define_operator(nb::module_& module) {
   using nb::arg;
   const auto optional = [](const char* name) { return arg(name).none() = nb::none(); };
-  module.def("forward", &forward, arg("q"), arg("k"), arg("v"), optional("o"), nb::kw_only(), optional("a"), optional("A_log"),
-             optional("dt_bias"), optional("g"), optional("b"), optional("beta"), optional("state"), optional("read_slots"),
-             optional("write_slots"), optional("token_slots"), optional("accepted"), optional("state_in"),
-             optional("state_out"), optional("snapshots"), optional("cu_seqlens"), arg("window").none() = nb::none(),
-             arg("layer") = 0, optional("parent"), arg("update_state") = true, arg("scale") = nb::none(),
-             arg("qk_l2norm") = true, arg("l2_eps") = 1e-6, arg("softplus_beta") = 1.0, arg("softplus_threshold") = 20.0,
-             arg("negative_eigenvalues") = false, arg("null_slot") = -1, arg("num_threads") = 0, arg("backend") = nb::none(),
-             arg("stream") = nb::none(), nb::sig(forward_signature), forward_doc);
+  const auto add_forward = [&](const char* name, const char* signature, const char* doc, auto... after_o) {
+    module.def(name, &forward, arg("q"), arg("k"), arg("v"), optional("o"), after_o..., optional("a"), optional("A_log"),
+               optional("dt_bias"), optional("g"), optional("b"), optional("beta"), optional("state"), optional("read_slots"),
+               optional("write_slots"), optional("token_slots"), optional("accepted"), optional("state_in"),
+               optional("state_out"), optional("snapshots"), optional("cu_seqlens"), arg("window").none() = nb::none(),
+               arg("layer") = 0, optional("parent"), arg("update_state") = true, arg("scale") = nb::none(),
+               arg("qk_l2norm") = true, arg("l2_eps") = 1e-6, arg("softplus_beta") = 1.0, arg("softplus_threshold") = 20.0,
+               arg("negative_eigenvalues") = false, arg("null_slot") = -1, arg("num_threads") = 0, arg("backend") = nb::none(),
+               arg("stream") = nb::none(), nb::sig(signature), doc);
+  };
+  add_forward("forward", forward_signature, forward_doc, nb::kw_only());
+  // For callers that have all arguments: looking up 30 of them by name takes as long as half of the rest.
+  add_forward("_forward", "def _forward(*arguments: Any) -> Any", "forward() of its arguments by position.");
   module.def("commit", &commit, arg("snapshots"), arg("accepted"), arg("state"), arg("write_slots"), nb::kw_only(),
              arg("null_slot") = -1, arg("backend") = nb::none(), arg("stream") = nb::none(), nb::sig(commit_signature),
              commit_doc);
+  module.def("_any_special", &any_special, arg("tensors"), arg("plain"), arg("gradients"),
+             "Whether a tensor is of no plain type, or needs a gradient where these are recorded.");
   module.def("check", &check, arg("array"), nb::kw_only(), arg("stream") = nb::none(), nb::sig(check_signature), check_doc);
 }
 

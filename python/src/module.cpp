@@ -10,6 +10,7 @@
 
 #include "forward.hpp"
 #include "gatedelta/gatedelta.hpp"
+#include "jax.hpp"
 #include "window.hpp"
 #include "xla.hpp"
 
@@ -78,4 +79,5 @@ NB_MODULE(_core, module) {
   gatedelta::python::define_windows(module);
   gatedelta::python::define_operator(module);
   gatedelta::python::define_xla(module);
+  module.def("_forget_jax", &gatedelta::python::jax_forget, "Forgets the programs of calls on JAX arrays.");
 }

@@ -5,7 +5,9 @@
 #include <nanobind/stl/string.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <string_view>
 
 #include "gatedelta/error.hpp"
 #include "gatedelta/tensor.hpp"
@@ -17,6 +19,20 @@ namespace nb = nanobind;
 
 [[noreturn]] inline void fail(const char* name, const std::string& message) {
   throw Error(ErrorCode::invalid_argument, std::string(name) + ": " + message);
+}
+
+[[noreturn]] inline void fail_dtype(const char* name, const std::string& found) {
+  fail(name, "expected dtype float32, float16 or bfloat16, or int32 or int64 for indices, got " + found);
+}
+
+/// The dtype of NumPy's and JAX's name.
+inline std::optional<DType> type_of_name(std::string_view name) {
+  if (name == "float32") return DType::f32;
+  if (name == "float16") return DType::f16;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "int32") return DType::i32;
+  if (name == "int64") return DType::i64;
+  return std::nullopt;
 }
 
 inline std::string text(nb::handle object) { return nb::cast<std::string>(nb::str(object)); }

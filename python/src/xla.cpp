@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "xla.hpp"
 
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <new>
@@ -10,17 +12,21 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "forward.hpp"
 #include "gatedelta/gatedelta.hpp"
+#include "objects.hpp"
 #include "xla_ffi.hpp"
 
 #ifdef GATEDELTA_CUDA
 #include <cuda_runtime_api.h>
 #endif
 
-// The operator as a function of XLA's compiled programs. It knows nothing of Python, whose lock is not held here.
+// The operator as a function of XLA's compiled programs: it knows nothing of Python, whose lock is not held there. And what is
+// checked while such a program is traced.
 namespace gatedelta::python {
 namespace {
 
@@ -52,27 +58,28 @@ std::optional<DType> dtype_of(xla::DataType type) {
 
 /// The tensors of a call by their names in gatedelta.jax.
 TensorView* tensor(Arguments& in, std::string_view name) {
-  const std::pair<std::string_view, TensorView*> tensors[] = {{"q", &in.q},
-                                                              {"k", &in.k},
-                                                              {"v", &in.v},
-                                                              {"o", &in.o},
-                                                              {"a", &in.a},
-                                                              {"g", &in.g},
-                                                              {"A_log", &in.A_log},
-                                                              {"dt_bias", &in.dt_bias},
-                                                              {"b", &in.b},
-                                                              {"beta", &in.beta},
-                                                              {"state", &in.state},
-                                                              {"read_slots", &in.read_slots},
-                                                              {"write_slots", &in.write_slots},
-                                                              {"token_slots", &in.token_slots},
-                                                              {"accepted", &in.accepted},
-                                                              {"state_in", &in.state_in},
-                                                              {"state_out", &in.state_out},
-                                                              {"snapshots", &in.snapshots},
-                                                              {"cu_seqlens", &in.cu_seqlens}};
+  using Call = Arguments;
+  static constexpr std::pair<std::string_view, TensorView Call::*> tensors[] = {{"q", &Call::q},
+                                                                                {"k", &Call::k},
+                                                                                {"v", &Call::v},
+                                                                                {"o", &Call::o},
+                                                                                {"a", &Call::a},
+                                                                                {"g", &Call::g},
+                                                                                {"A_log", &Call::A_log},
+                                                                                {"dt_bias", &Call::dt_bias},
+                                                                                {"b", &Call::b},
+                                                                                {"beta", &Call::beta},
+                                                                                {"state", &Call::state},
+                                                                                {"read_slots", &Call::read_slots},
+                                                                                {"write_slots", &Call::write_slots},
+                                                                                {"token_slots", &Call::token_slots},
+                                                                                {"accepted", &Call::accepted},
+                                                                                {"state_in", &Call::state_in},
+                                                                                {"state_out", &Call::state_out},
+                                                                                {"snapshots", &Call::snapshots},
+                                                                                {"cu_seqlens", &Call::cu_seqlens}};
   for (const auto& [known, view] : tensors)
-    if (known == name) return view;
+    if (known == name) return &(in.*view);
   throw Error(ErrorCode::invalid_argument, std::string(name) + ": not a tensor of a call");
 }
 
@@ -96,28 +103,22 @@ void set_tensors(Arguments& in, const xla::Buffers& buffers, std::string_view na
     const std::string_view name = names.substr(0, names.find(' '));
     names.remove_prefix(std::min(name.size() + 1, names.size()));
     const std::optional<DType> dtype = dtype_of(buffer.dtype);
-    if (!dtype)
-      throw Error(ErrorCode::invalid_argument, std::string(name) +
-                                                   ": expected dtype float32, float16 or bfloat16, or int32 or int64 for "
-                                                   "indices, got XLA's type " +
-                                                   std::to_string(buffer.dtype));
+    if (!dtype) fail_dtype(std::string(name).c_str(), "XLA's type " + std::to_string(buffer.dtype));
     *tensor(in, name) = make_view(buffer.data, *dtype, {buffer.dims, static_cast<std::size_t>(buffer.rank)}, {}, device);
   }
 }
 
 /// The order is that of gatedelta.jax.
-Options take_options(const xla::Attributes& attributes, Arguments& in) {
-  const auto& array = *static_cast<const xla::Array*>(attribute(attributes, "options", xla::attribute_array));
-  if (array.dtype != xla::f64 || array.count != 9) throw Error(ErrorCode::invalid_argument, "options: expected 9 numbers");
-  const auto* number = static_cast<const double*>(array.data);
+Options take_options(std::span<const double> number, Arguments& in) {
+  if (number.size() != 10) throw Error(ErrorCode::invalid_argument, "options: expected 10 numbers");
   Options options;
-  if (!std::isnan(number[0])) options.scale = number[0];
-  options.qk_l2norm = number[1] != 0;
-  options.l2_eps = number[2], options.softplus_beta = number[3], options.softplus_threshold = number[4];
-  options.negative_eigenvalues = number[5] != 0;
-  options.null_slot = static_cast<std::int64_t>(number[6]);
-  options.num_threads = static_cast<int>(number[7]);
-  in.update_state = number[8] != 0;
+  in.update_state = number[0] != 0;
+  if (number[1] != 0) options.scale = number[2];
+  options.qk_l2norm = number[3] != 0;
+  options.l2_eps = number[4], options.softplus_beta = number[5], options.softplus_threshold = number[6];
+  options.negative_eigenvalues = number[7] != 0;
+  options.null_slot = static_cast<std::int64_t>(number[8]);
+  options.num_threads = static_cast<int>(number[9]);
   return options;
 }
 
@@ -126,7 +127,9 @@ void run(const xla::Frame& frame, Device device, void* stream) {
   // A pool that is changed is an argument and a result, of one memory.
   set_tensors(in, frame.arguments, text(frame.attributes, "arguments"), device);
   set_tensors(in, frame.results, text(frame.attributes, "results"), device);
-  const Options options = take_options(frame.attributes, in);
+  const auto& numbers = *static_cast<const xla::Array*>(attribute(frame.attributes, "options", xla::attribute_array));
+  if (numbers.dtype != xla::f64) throw Error(ErrorCode::invalid_argument, "options: expected numbers of 64 bits");
+  const Options options = take_options({static_cast<const double*>(numbers.data), static_cast<std::size_t>(numbers.count)}, in);
   Config config = configuration(in, options);
   set_dtypes(config, in);
   const GatedDeltaRule rule(config, text(frame.attributes, "backend"));
@@ -199,12 +202,40 @@ xla::Error* handle(xla::Frame* frame) {
   }
 }
 
+using Description = std::tuple<std::string, std::string, nb::tuple>;  // name, dtype and shape of a tensor
+using Place = std::tuple<bool, int>;                                  // whether it is a CUDA device, and its number
+
+/// Throws what the call would, as far as that does not depend on what is in the tensors. Without a place: nor on the backend.
+void check_call(const std::vector<Description>& tensors, const std::vector<double>& numbers, std::string_view backend,
+                const std::optional<Place>& place) {
+  Arguments in;
+  for (const auto& [name, dtype_name, shape] : tensors) {
+    TensorView& view = *tensor(in, name);
+    view = {};
+    const std::optional<DType> dtype = type_of_name(dtype_name);
+    if (!dtype) fail_dtype(name.c_str(), dtype_name);
+    view.dtype = *dtype;
+    set_shape(name.c_str(), view, shape);
+    set_dense_strides(view);
+    view.data = &in;  // there is some; it is not looked at
+    if (place) view.device = {std::get<0>(*place) ? DeviceType::cuda : DeviceType::cpu, std::get<1>(*place)};
+  }
+  const Options options = take_options(numbers, in);
+  Config config = configuration(in, options);
+  set_dtypes(config, in);
+  if (place) return (void)GatedDeltaRule(config, backend).backend_for(in);
+  validate(config);
+  (void)validate(config, in);
+}
+
 }  // namespace
 
 void define_xla(nb::module_& module) {
   const auto add = [&](const char* name, xla::Error* (*function)(xla::Frame*)) {
     module.attr(name) = nb::capsule(reinterpret_cast<void*>(function));
   };
+  module.def("_check_call", &check_call, nb::arg("tensors"), nb::arg("options"), nb::arg("backend"),
+             nb::arg("place").none() = nb::none(), "Raises what a call would of the shapes, dtypes and options.");
   add("xla_handler_cpu", &handle<DeviceType::cpu>);
 #ifdef GATEDELTA_CUDA
   add("xla_handler_cuda", &handle<DeviceType::cuda>);
