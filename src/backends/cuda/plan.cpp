@@ -73,7 +73,8 @@ bool fits_serving(const ForwardParams& p, bool value_last) {
 }
 
 bool has_kernel(const Plan& plan, const Shape& shape) {
-  if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4) || shape.span < 1) return false;
+  if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4)) return false;
+  if (shape.span < 1 || shape.span > 1024) return false;
   if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;
   const int rows = shape.rows_a_lane;
   return plan.kernel != Kernel::decode || plan.value_last || rows == 2 || rows == 4 || rows == 8;
