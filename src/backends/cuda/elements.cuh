@@ -36,8 +36,7 @@ __device__ inline unsigned head_of(unsigned h, const Group& group) {
 }
 
 /// An element as it lies in memory. Loads and conversions are apart, so that many loads can be under way: a conversion waits.
-/// Halves of 16 bits, since two loads of which one happens would wait for each other if they had the same register. Where there
-/// is no tensor, nothing is loaded.
+/// Halves of 16 bits, since two loads of which one happens would wait for each other if they had the same register.
 struct RawElement {
   std::uint32_t low = 0, high = 0;
 
@@ -47,7 +46,15 @@ struct RawElement {
   }
   template <class Any>
   __device__ void fetch(const Any& tensor, DType dtype, std::int64_t offset) {
-    const bool there = tensor.data != nullptr, is_float = dtype == DType::f32;
+    const bool is_float = dtype == DType::f32;
+    const auto* const at = static_cast<const std::uint16_t*>(tensor.data) + (offset << (is_float ? 1 : 0));
+    low = at[0];
+    if (is_float) high = at[1];
+  }
+  /// Where there is no tensor, nothing is loaded.
+  template <class Any>
+  __device__ void fetch_if_there(const Any& tensor, std::int64_t offset) {
+    const bool there = tensor.data != nullptr, is_float = tensor.dtype == DType::f32;
     const auto* const at = static_cast<const std::uint16_t*>(tensor.data) + (offset << (is_float ? 1 : 0));
     load_if(there, low, at);
     load_if(there && is_float, high, at + 1);
@@ -88,7 +95,7 @@ __device__ float load(const Any& tensor, Index... index) {
   return load_at(tensor, offset_of(tensor, index...));
 }
 
-/// An element of an index tensor, i32 or i64. Loaded as above.
+/// An element of an index tensor, i32 or i64. Where there is no tensor, nothing is loaded.
 struct RawIndex {
   std::int32_t low = 0, high = 0;
 

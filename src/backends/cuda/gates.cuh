@@ -16,7 +16,7 @@ struct GateInputs {
     if (common || p.gate_form != GateForm::none)
       gate.fetch(p.gate, dtype<common>(p.gate.dtype), offset_of(p.gate, batch, token, h));
     if (common || p.gate_form == GateForm::raw) {
-      dt_bias.fetch(p.dt_bias, offset_of(p.dt_bias, h));
+      dt_bias.fetch_if_there(p.dt_bias, offset_of(p.dt_bias, h));
       A_log.fetch(p.A_log, offset_of(p.A_log, h));
     }
     if (common || p.beta_form != BetaForm::one)

@@ -289,7 +289,7 @@ template <class Rows, int token_tile, bool common>
 constexpr int replay_blocks() {
   constexpr int blocks = TokenColumns<Rows::keys, token_tile, 8>::blocks;
   constexpr int registers = blocks * Rows::keys / 8 +
-                            (token_tile == 1   ? 88
+                            (token_tile == 1   ? 96
                              : token_tile == 4 ? 96
                                                : 120) +
                             (Rows::parts > 1 ? 16 : 0) + (common ? 0 : 8);
