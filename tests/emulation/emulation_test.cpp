@@ -59,6 +59,11 @@ TEST_CASE("replay") {
       check_replay({state, 4, 128, 64, shape(3, 4, 16), 2, 4, true, false, false, true, 16, P});
       check_replay({state, 7, 128, 96, shape(2, 2, 48), 1, 3, true, false, false, true, 16, P});
       check_replay({state, 8, 64, 64, shape(2, 4, 16), 1, 2, false, false, false, true, 16, P});
+      // Blocks with a part of the heads of a key, and one that is half empty.
+      for (const std::int64_t T : {1, 2}) {
+        check_replay({state, T, 64, 32, shape(2, 2, 16), 1, 4, true, false, false, true, 16, P});
+        check_replay({state, T, 64, 32, shape(4, 4, 16), 3, 6, true, false, false, true, 16, P});
+      }
     }
     for (const std::int64_t P : {17, 33, 60, 64}) {
       check_replay({state, 1, 128, 64, shape(2, 4, 32), 1, 2, true, false, false, true, 64, P});
