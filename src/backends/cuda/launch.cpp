@@ -122,7 +122,7 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
   p.block_heads = heads, p.team = make_group(team_of(p, heads));
   const std::uint32_t teams = (heads + p.team.count - 1) / p.team.count;
   p.token_warps = plan.token_tile == 1 ? teams : heads;
-  const auto groups = static_cast<std::size_t>((p.window.capacity + 15) / 16);
+  const auto groups = static_cast<std::size_t>((p.window.capacity + group_entries - 1) / group_entries);
   p.head_bytes = static_cast<std::uint32_t>(kernel.head_bytes + groups * kernel.head_group_bytes +
                                             static_cast<std::size_t>(p.value_dim) * kernel.head_value_bytes);
   p.team_bytes = static_cast<std::uint32_t>(kernel.team_bytes + groups * kernel.team_group_bytes);

@@ -69,6 +69,8 @@ struct Params {
 using ForwardParams = Params<std::int64_t>;
 using FastParams = Params<std::int32_t>;
 
+constexpr int group_entries = 16;  ///< of a window, that a product takes at a time
+
 /// A ReplayWindow.
 struct WindowParams {
   Tensor<std::int64_t, 4> keys, corrections;

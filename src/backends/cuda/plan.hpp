@@ -73,7 +73,7 @@ struct FastKernel {
   // Shared memory of a warp: in any case, for each part of keys and queries, and where states after each token are stored.
   std::size_t bytes = 0, part_bytes = 0, each_bytes = 0;
   std::size_t block_bytes = 0;  ///< of a block beside its warps
-  std::size_t group_bytes = 0;  ///< of a warp, for each 16 entries of a window
+  std::size_t group_bytes = 0;  ///< of a warp, for each group of entries of a window
   // Replay, for each head of a block: in any case, for each 16 entries, for each value row; and for heads that share a key.
   std::size_t head_bytes = 0, head_group_bytes = 0, head_value_bytes = 0, team_bytes = 0, team_group_bytes = 0;
 };

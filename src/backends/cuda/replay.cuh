@@ -18,7 +18,6 @@
 // are enough, M as a sum of three bfloat16 numbers. Of heads with the same key and query, a team, most of that is the same.
 namespace gatedelta::cuda {
 
-constexpr int group_entries = 16;  ///< entries that a product takes at a time
 constexpr int replay_stages = 2;
 constexpr int replay_max_warps = 4, replay_max_heads = replay_max_warps;
 /// Of 16 value rows of the corrections of a group.
