@@ -35,6 +35,9 @@ __device__ inline unsigned head_of(unsigned h, const Group& group) {
   return group.reciprocal == 0 ? h : __umulhi(h, group.reciprocal);
 }
 
+/// Whether h is the first head of those that share one.
+__device__ inline bool is_first(unsigned h, const Group& group) { return head_of(h, group) * group.count == h; }
+
 /// An element as it lies in memory. Loads and conversions are apart, so that many loads can be under way: a conversion waits.
 /// Halves of 16 bits, since two loads of which one happens would wait for each other if they had the same register.
 struct RawElement {
@@ -47,7 +50,7 @@ struct RawElement {
   template <class Any>
   __device__ void fetch(const Any& tensor, DType dtype, std::int64_t offset) {
     const bool is_float = dtype == DType::f32;
-    const auto* const at = static_cast<const std::uint16_t*>(tensor.data) + (offset << (is_float ? 1 : 0));
+    const std::uint16_t* const at = halves_at(tensor.data, is_float, offset);
     low = at[0];
     if (is_float) high = at[1];
   }
@@ -55,7 +58,7 @@ struct RawElement {
   template <class Any>
   __device__ void fetch_if_there(const Any& tensor, std::int64_t offset) {
     const bool there = tensor.data != nullptr, is_float = tensor.dtype == DType::f32;
-    const auto* const at = static_cast<const std::uint16_t*>(tensor.data) + (offset << (is_float ? 1 : 0));
+    const std::uint16_t* const at = halves_at(tensor.data, is_float, offset);
     load_if(there, low, at);
     load_if(there && is_float, high, at + 1);
   }
@@ -65,6 +68,11 @@ struct RawElement {
     if (dtype == DType::f32) return __uint_as_float(bits);
     if (dtype == DType::f16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
     return __uint_as_float(bits << 16);
+  }
+
+ private:
+  __device__ static const std::uint16_t* halves_at(const void* data, bool is_float, std::int64_t offset) {
+    return static_cast<const std::uint16_t*>(data) + (offset << (is_float ? 1 : 0));
   }
 };
 

@@ -227,7 +227,7 @@ template <int token_tile, class Tokens>
 __device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
                                             const Tokens& tokens, int place, int lane) {
   const int g = lane / 4, c = lane % 4;
-  if (g < static_cast<int>(p.tokens) && head_of(h, p.k_group) * p.k_group.count == h) {
+  if (g < static_cast<int>(p.tokens) && is_first(h, p.k_group)) {
     std::uint16_t* const keys = row.keys(p, h) + place * static_cast<int>(p.window.keys.strides[2]) + 8 * c;
 #pragma unroll
     for (int i = 0; i < Tokens::runs; ++i)
@@ -385,10 +385,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
       advance(ahead);
     }
     if (has_tokens)
-      prepare_tokens<token_tile, common>(
-          p, tokens_head, min(token_heads, heads - with_tokens),
-          head_of(static_cast<unsigned>(with_tokens), p.team) * p.team.count == static_cast<unsigned>(with_tokens), tokens,
-          notes_of);
+      prepare_tokens<token_tile, common>(p, tokens_head, min(token_heads, heads - with_tokens),
+                                         is_first(static_cast<unsigned>(with_tokens), p.team), tokens, notes_of);
     good = row.record.is_in_range(p, n, lane, warp == 0);
   }
   const int P = good ? row.record.length : 0, used = (P + group_entries - 1) / group_entries;
