@@ -51,6 +51,8 @@ def test_overhead_on_jax(dtype):
     trivial = least_us(lambda: program(*x.values(), state))
     print(f"gatedelta.forward on {dtype} JAX arrays of {state.device}: {found:.1f} us a call; a trivial program: {trivial:.1f} us")
     assert found < trivial + LIMIT_US
+    if state.device.platform == "cpu":
+        assert found < 1.5 * LIMIT_US  # JAX's own part of it grows more than the rest does where the machine is busy
 
 
 @pytest.mark.parametrize("results", [1, 2])
