@@ -77,10 +77,9 @@ TEST_CASE("replay") {
 
 TEST_CASE("serving") {
   for (const DType state : states)
-    for (const std::int64_t T : {1, 3, 4, 7, 8, 11, 16}) {
-      const int tile = T == 1 ? 1 : T <= 4 ? 4 : T <= 8 ? 8 : 16;
+    for (const std::int64_t T : {3, 4, 7, 8, 11, 16}) {
+      const int tile = T <= 4 ? 4 : T <= 8 ? 8 : 16;
       for (const bool value_last : {false, true}) {
-        if (T == 1 && !value_last) continue;
         const bool usual = T % 3 != 0;
         // The final state, snapshots as well, snapshots alone, outputs alone.
         check({state, T, 128, 64, shape(0, 4, 16), 1, 2, usual, value_last}, Kernel::serving, tile);
@@ -99,8 +98,16 @@ TEST_CASE("decode") {
           check({state, 1, K, 96, shape(rows_a_lane, 2, 16), 1, 2, usual}, Kernel::decode, 0);
           check({state, 1, K, 64, shape(rows_a_lane, 1, 64), 1, 1, usual, false, true, rows_a_lane == 4}, Kernel::decode, 0);
         }
-    check({state, 1, 256, 96, shape(1, 2, 16), 1, 2, true, true}, Kernel::decode, 0);
-    check({state, 1, 256, 64, shape(1, 1, 64), 1, 3, false, true, true}, Kernel::decode, 0);
+    // V-last: lanes along V as K and V allow, and two for what is not usual.
+    for (const std::int64_t K : {64, 128, 256}) {
+      for (const int value_lanes : {2, 4, 8}) {
+        if (value_lanes * K > 1024) continue;
+        check({state, 1, K, 64, shape(value_lanes, 1, 64), 1, 2, true, true}, Kernel::decode, 0);
+        check({state, 1, K, 192, shape(value_lanes, 2, 128), 1, 1, true, true}, Kernel::decode, 0);
+      }
+      check({state, 1, K, 96, shape(2, 2, 32), 1, 3, false, true, true}, Kernel::decode, 0);
+      check({state, 1, K, 64, shape(2, 1, 64), 2, 2, false, true, true, false}, Kernel::decode, 0);
+    }
   }
 }
 

@@ -104,9 +104,9 @@ TEST_CASE("the tables of launches are complete and ascend") {
               CHECK(row->shape.warps >= 1);
               CHECK(row->shape.warps <= (kernel == Kernel::verify ? 1 : 4));
               CHECK(row->shape.span >= 1);
-              if (kernel == Kernel::decode && !value_last) {
-                const int rows_a_lane = row->shape.rows_a_lane;
-                CHECK((rows_a_lane == 2 || rows_a_lane == 4 || rows_a_lane == 8));
+              if (kernel == Kernel::decode) {
+                const int size = row->shape.rows_a_lane;
+                CHECK((size == 2 || size == 4 || size == 8));
               }
               if (row != rows.begin) CHECK(row->states > row[-1].states);
             }
@@ -123,11 +123,11 @@ TEST_CASE("a call's form decides its kernel, the number of rows its shape alone"
             Form form{.tokens = tokens, .key_dim = key_dim, .state = state, .value_last = value_last, .variable = variable};
             form.rows = 1;
             const Plan one = plan_of(form);
-            const bool serving = !variable && key_dim <= 128 && tokens >= (value_last ? 1 : 2) && tokens <= 16;
+            const bool serving = !variable && key_dim <= 128 && tokens >= 2 && tokens <= 16;
             CHECK(one.kernel == (serving ? Kernel::serving : tokens == 1 && !variable ? Kernel::decode : Kernel::verify));
-            if (serving) CHECK(one.token_tile == (tokens == 1 ? 1 : tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16));
+            if (serving) CHECK(one.token_tile == (tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16));
             CHECK(one.value_last == value_last);
-            CHECK(one.common == !(one.kernel == Kernel::decode && value_last));
+            CHECK(one.common);
             for (const std::int64_t rows : {2, 7, 64, 512, 70000}) {
               form.rows = rows;
               const Plan many = plan_of(form);
@@ -162,6 +162,19 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
   CHECK(plan_of({.tokens = 4, .snapshots = true}).kernel == Kernel::serving);
 }
 
+TEST_CASE("a warp of a V-last decode has whole lines of the state where V and K allow it") {
+  const auto lanes = [](std::int64_t K, std::int64_t V, DType state, DType activations = DType::bf16) {
+    return plan_of({.rows = 512, .key_dim = K, .value_dim = V, .state = state, .activations = activations, .value_last = true})
+        .shape.value_lanes;
+  };
+  CHECK(lanes(128, 128, DType::bf16) == 8);
+  CHECK(lanes(128, 128, DType::f32) == 8);
+  CHECK(lanes(128, 96, DType::f32) == 8);
+  CHECK(lanes(128, 96, DType::bf16) == 4);
+  CHECK(lanes(256, 128, DType::f32) == 4);
+  CHECK(lanes(128, 128, DType::bf16, DType::f16) == 2);
+}
+
 TEST_CASE("a shape for measuring is three numbers") {
   CHECK_FALSE(parse_shape(nullptr));
   CHECK_FALSE(parse_shape(""));
@@ -170,8 +183,11 @@ TEST_CASE("a shape for measuring is three numbers") {
   CHECK(shape->rows_a_lane == 8);
   CHECK(shape->warps == 2);
   CHECK(shape->span == 16);
-  CHECK_THROWS_WITH_AS(parse_shape("8:2"), "GATEDELTA_CUDA_SHAPE: '8:2' is not ROWS:WARPS:SPAN", Error);
+  CHECK_THROWS_WITH_AS(parse_shape("8:2"), "GATEDELTA_CUDA_SHAPE: '8:2' is not ROWS:WARPS:SPAN[:stay]", Error);
+  CHECK_FALSE(shape->stores_stay);
+  CHECK(parse_shape("8:2:16:stay")->stores_stay);
   CHECK_THROWS_AS(parse_shape("8:2:16x"), Error);
+  CHECK_THROWS_AS(parse_shape("8:2:16:stays"), Error);
 }
 
 TEST_CASE("random windows reach every form of the fast kernel") {
@@ -198,8 +214,7 @@ TEST_CASE("random cases reach every form of the fast kernels") {
       op.forward(instance.arguments());
     }
   const std::pair<Kernel, int> forms[] = {{Kernel::decode, 0},  {Kernel::verify, 8},  {Kernel::verify, 16},
-                                          {Kernel::serving, 1}, {Kernel::serving, 4}, {Kernel::serving, 8},
-                                          {Kernel::serving, 16}};
+                                          {Kernel::serving, 4}, {Kernel::serving, 8}, {Kernel::serving, 16}};
   for (const auto& form : forms) {
     CAPTURE(static_cast<int>(form.first));
     CAPTURE(form.second);

@@ -77,12 +77,29 @@ __device__ inline void store_transposed(void* row, const std::uint32_t (&in)[4])
                : "memory");
 }
 
+/// 16 bytes of shared memory, also where the compiler knows that it has them in registers already.
+__device__ inline void load_again(std::uint32_t (&out)[4], const void* from) {
+  asm volatile("ld.volatile.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_offset(from))
+               : "memory");
+}
+
 /// An asynchronous copy of 16 bytes into shared memory, of what is used once: the first to leave the L2 cache. The number is
 /// what createpolicy.fractional.L2::evict_first gives.
 __device__ inline void copy_streaming(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_offset(to)), "l"(from),
                "l"(0x12f0000000000000ull)
                : "memory");
+}
+
+/// `stays`: in the L2 cache as anything else does; if not, the first to leave it. Both stores without a branch.
+__device__ inline void store_vector(void* to, uint4 vector, bool stays) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1,%2,%3,%4}; @!p st.global.cs.v4.u32 [%0], "
+      "{%1,%2,%3,%4};}" ::"l"(to),
+      "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w), "r"(static_cast<unsigned>(stays))
+      : "memory");
 }
 
 /// Makes x unknown to the compiler, which then cannot work out ahead of a loop what follows from it and keep that in registers.

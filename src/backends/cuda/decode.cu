@@ -7,30 +7,36 @@
 namespace gatedelta::cuda {
 namespace {
 
-template <int key_dim, bool value_last, int rows_a_lane, bool common>
+template <int key_dim, bool value_last, int size, bool common>
 FastKernel describe() {
-  using Tile = DecodeTile<State, key_dim, value_last, rows_a_lane>;
-  void (*const kernel)(FastParams) = decode_kernel<State, key_dim, value_last, rows_a_lane, common>;
+  using Tile = DecodeTile<State, key_dim, value_last, size>;
+  void (*const kernel)(FastParams) = decode_kernel<State, key_dim, value_last, size, common>;
   return {reinterpret_cast<const void*>(kernel), Tile::warp_rows, DecodeRing<Tile>::bytes, 0};
 }
 
-template <int key_dim, bool common>
+template <int key_dim, bool value_last, bool common>
 FastKernel find(const Plan& plan) {
-  if (plan.value_last) return describe<key_dim, true, 1, false>();
+  constexpr bool all_sizes = common || !value_last;
   switch (plan.shape.rows_a_lane) {
     case 2:
-      return describe<key_dim, false, 2, common>();
+      return describe<key_dim, value_last, 2, common>();
     case 4:
-      return describe<key_dim, false, 4, common>();
+      if constexpr (all_sizes) return describe<key_dim, value_last, 4, common>();
+      break;
     case 8:
-      return describe<key_dim, false, 8, common>();
+      if constexpr (all_sizes && (!value_last || key_dim < 256)) return describe<key_dim, value_last, 8, common>();
   }
   return {};
 }
 
+template <int key_dim, bool value_last>
+FastKernel find(const Plan& plan) {
+  return plan.common ? find<key_dim, value_last, true>(plan) : find<key_dim, value_last, false>(plan);
+}
+
 template <int key_dim>
 FastKernel find(const Plan& plan) {
-  return plan.common ? find<key_dim, true>(plan) : find<key_dim, false>(plan);
+  return plan.value_last ? find<key_dim, true>(plan) : find<key_dim, false>(plan);
 }
 
 }  // namespace

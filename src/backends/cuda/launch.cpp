@@ -107,6 +107,7 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
     return launch(what, params.dependent, const_cast<ForwardParams*>(&params), stream);
   }
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim);
+  p.stores_stay = plan.shape.stores_stay;
   p.parts = std::max(parts_of(p.q.dtype), parts_of(p.k.dtype));
   std::size_t warp_bytes = kernel.bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
   if (p.store_tokens || p.snapshots.data != nullptr) warp_bytes += kernel.each_bytes;

@@ -57,8 +57,9 @@ struct Params {
 
   Tensor<std::int64_t, 4> state_write;
   std::int32_t heads;
-  int parts;     ///< of q and k as sums of bfloat16 numbers
-  Fault* fault;  ///< the device's record
+  int parts;         ///< of q and k as sums of bfloat16 numbers
+  bool stores_stay;  ///< in the L2 cache, of the states that decode and serving store
+  Fault* fault;      ///< the device's record
   std::int64_t rows, tokens;
   Tensor<Stride, 2> token_slots;
   Tensor<Stride, 1> accepted, cu_seqlens;

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <iterator>
 #include <string>
+#include <string_view>
 
 #include "gatedelta/error.hpp"
 
@@ -14,24 +15,31 @@ namespace {
 
 constexpr std::int64_t no_bound = INT64_MAX;
 
-// Measured on an H200 with 16 query and 32 value heads and K = V = 128 by bench/tune_cuda, which tries all of them.
-constexpr Choice decode_16_bit[] = {{256, {4, 2, 8}}, {no_bound, {8, 1, 16}}};
-constexpr Choice decode_32_bit[] = {
-    {32, {4, 2, 4}}, {128, {8, 2, 8}}, {256, {8, 1, 16}}, {2048, {4, 2, 4}}, {no_bound, {8, 1, 8}}};
-constexpr Choice decode_value_last[] = {{64, {1, 1, 16}}, {no_bound, {1, 4, 16}}};
+// Measured on an H200 with 16 query and 32 value heads and K = V = 128 by bench/tune_cuda, which tries all of them. Where a call
+// stores several times what the L2 cache holds, stores that stay there like anything else are 1 to 2 % faster; where it stores
+// less, they are up to 8 % slower.
+constexpr Choice decode_16_bit[] = {
+    {128, {4, 2, 8}}, {256, {4, 4, 16}}, {512, {8, 2, 64, true}}, {1024, {8, 1, 16}}, {no_bound, {4, 4, 32, true}}};
+constexpr Choice decode_32_bit[] = {{32, {4, 2, 4}},   {128, {8, 2, 8}},  {256, {8, 1, 16}},
+                                    {512, {8, 1, 32}}, {4096, {4, 2, 4}}, {no_bound, {8, 4, 32, true}}};
+constexpr Choice decode_value_last_16_bit[] = {
+    {32, {2, 1, 16}}, {256, {4, 1, 32}}, {512, {4, 2, 32, true}}, {no_bound, {8, 2, 64, true}}};
+constexpr Choice decode_value_last_32_bit[] = {
+    {64, {4, 1, 16}}, {128, {4, 2, 16}}, {512, {8, 1, 32}}, {no_bound, {8, 2, 32, true}}};
 constexpr Choice verify_rows[] = {{256, {0, 1, 16}}, {no_bound, {0, 1, 64}}};
 constexpr Choice serving_update_16_bit[] = {
-    {32, {0, 1, 16}}, {256, {0, 4, 16}}, {512, {0, 4, 32}}, {1024, {0, 2, 64}}, {2048, {0, 2, 32}}, {no_bound, {0, 4, 32}},
+    {32, {0, 1, 16}},   {256, {0, 4, 16}},        {512, {0, 4, 32}},
+    {1024, {0, 2, 64}}, {2048, {0, 2, 32, true}}, {no_bound, {0, 4, 32, true}},
 };
 constexpr Choice serving_update_32_bit[] = {
-    {128, {0, 2, 16}}, {256, {0, 4, 32}}, {512, {0, 2, 64}}, {2048, {0, 2, 32}}, {no_bound, {0, 4, 32}},
+    {128, {0, 2, 16}}, {256, {0, 4, 32}}, {512, {0, 2, 64}}, {1024, {0, 2, 32, true}}, {no_bound, {0, 4, 32, true}},
 };
 constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_read[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice replay_rows[] = {{128, {1, 4, 16}}, {256, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
 constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
-constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64}}};
+constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
 constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 
 template <std::size_t N>
@@ -66,8 +74,8 @@ bool has_usual_gates(const ForwardParams& p) {
 int token_tile_of(const ForwardParams& p) { return p.tokens == 1 ? 1 : p.tokens <= 4 ? 4 : p.tokens <= 8 ? 8 : 16; }
 
 /// More than 8 tokens move 16 bytes of v and o at a time.
-bool fits_serving(const ForwardParams& p, bool value_last) {
-  return p.cu_seqlens.data == nullptr && p.tokens >= (value_last ? 1 : 2) && p.tokens <= 16 && p.key_dim <= 128 &&
+bool fits_serving(const ForwardParams& p) {
+  return p.cu_seqlens.data == nullptr && p.tokens >= 2 && p.tokens <= 16 && p.key_dim <= 128 &&
          (p.tokens <= 8 || (has_vectors(p.v, 3, 8) && has_vectors(p.o, 3, 8))) &&
          (p.snapshots.data == nullptr || p.snapshots.dtype == p.state_dtype);
 }
@@ -76,8 +84,9 @@ bool has_kernel(const Plan& plan, const Shape& shape) {
   if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4)) return false;
   if (shape.span < 1 || shape.span > 1024) return false;
   if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;
-  const int rows = shape.rows_a_lane;
-  return plan.kernel != Kernel::decode || plan.value_last || rows == 2 || rows == 4 || rows == 8;
+  if (plan.kernel != Kernel::decode) return true;
+  const int size = shape.rows_a_lane;
+  return size == 2 || size == 4 || size == 8;
 }
 
 }  // namespace
@@ -85,9 +94,12 @@ bool has_kernel(const Plan& plan, const Shape& shape) {
 std::optional<Shape> parse_shape(const char* text) {
   if (text == nullptr || *text == '\0') return {};
   Shape shape;
-  char rest;
-  if (std::sscanf(text, "%d:%d:%d%c", &shape.rows_a_lane, &shape.warps, &shape.span, &rest) != 3)
-    throw Error(ErrorCode::invalid_argument, "GATEDELTA_CUDA_SHAPE: '" + std::string(text) + "' is not ROWS:WARPS:SPAN");
+  int length = 0;
+  const int read = std::sscanf(text, "%d:%d:%d%n", &shape.rows_a_lane, &shape.warps, &shape.span, &length);
+  const std::string_view rest = read == 3 ? text + length : "?";
+  shape.stores_stay = rest == ":stay";
+  if (!rest.empty() && !shape.stores_stay)
+    throw Error(ErrorCode::invalid_argument, "GATEDELTA_CUDA_SHAPE: '" + std::string(text) + "' is not ROWS:WARPS:SPAN[:stay]");
   return shape;
 }
 
@@ -101,7 +113,7 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
     if (state == DType::f32) return stores == Stores::each ? all(serving_each_32_bit) : all(serving_update_32_bit);
     return stores == Stores::each ? all(serving_each_16_bit) : all(serving_update_16_bit);
   }
-  if (plan.value_last) return all(decode_value_last);
+  if (plan.value_last) return state == DType::f32 ? all(decode_value_last_32_bit) : all(decode_value_last_16_bit);
   return state == DType::f32 ? all(decode_32_bit) : all(decode_16_bit);
 }
 
@@ -114,6 +126,13 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
   } else {
     const Choices rows = choices(plan, p.state_dtype, stores);
     plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
+  }
+  // V-last, all lanes of a warp have values, and no more keys than their registers take.
+  if (plan.kernel == Kernel::decode && plan.value_last) {
+    const std::int64_t width = 16 / static_cast<std::int64_t>(size_of(p.state_dtype));
+    int& lanes = plan.shape.value_lanes;
+    if (!plan.common) lanes = 2;
+    while (p.value_dim % (lanes * width) != 0 || lanes * p.key_dim > 1024) lanes /= 2;
   }
 }
 
@@ -132,13 +151,13 @@ Plan make_plan(const ForwardParams& p) {
 
   const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
   const bool snapshots = p.snapshots.data != nullptr, variable = p.cu_seqlens.data != nullptr;
-  if (vectors && fits_serving(p, plan.value_last)) {
+  if (vectors && fits_serving(p)) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p);
     plan.common = usual;
   } else if (!variable && p.tokens == 1) {
     plan.kernel = Kernel::decode;
-    plan.common = usual && !snapshots && !plan.value_last;
+    plan.common = usual && !snapshots;
   } else {
     // As registers allow. A row's tokens are cut into the same turns whatever else the call has.
     plan.kernel = Kernel::verify;

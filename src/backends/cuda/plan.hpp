@@ -18,10 +18,13 @@ enum class Stores : std::uint8_t { none, last, each };
 struct Shape {
   union {
     int rows_a_lane = 0;  ///< decode, K-last: value rows of a lane
+    int value_lanes;      ///< decode, V-last: lanes along V, the others of a warp are along K
     int heads;            ///< replay: of a block, one after the other, no more than warps
   };
   int warps = 0;  ///< of a block (verify: one)
   int span = 0;   ///< value rows of a warp, rounded up to what it has at a time
+  /// decode, serving: stored states do not leave the L2 cache before others.
+  bool stores_stay = false;
 };
 
 struct Plan {
@@ -44,8 +47,8 @@ struct Choices {
 };
 Choices choices(const Plan& plan, DType state, Stores stores);
 
-/// The shape in the environment's GATEDELTA_CUDA_SHAPE, "rows_a_lane:warps:span", which takes the place of the tables where the
-/// kernel can have it: for measuring. Throws if it makes no sense.
+/// The shape in the environment's GATEDELTA_CUDA_SHAPE, "rows_a_lane:warps:span" or with ":stay" behind it, which takes the
+/// place of the tables where the kernel can have it: for measuring. Throws if it makes no sense.
 std::optional<Shape> parse_shape(const char* text);
 
 /// From what the host knows of the call. The kernel, and so the bits of the result, depends on the form of the call and on

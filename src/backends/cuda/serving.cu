@@ -21,17 +21,12 @@ FastKernel describe() {
 
 template <int key_dim, int token_tile, bool common>
 FastKernel find(const Plan& plan) {
-  if (plan.value_last) return describe<key_dim, true, token_tile, common>();
-  // One token of a K-last state is for decode.
-  if constexpr (token_tile > 1) return describe<key_dim, false, token_tile, common>();
-  return {};
+  return plan.value_last ? describe<key_dim, true, token_tile, common>() : describe<key_dim, false, token_tile, common>();
 }
 
 template <int key_dim, bool common>
 FastKernel find(const Plan& plan) {
   switch (plan.token_tile) {
-    case 1:
-      return find<key_dim, 1, common>(plan);
     case 4:
       return find<key_dim, 4, common>(plan);
     case 8:

@@ -44,8 +44,7 @@ constexpr int serving_blocks() {
                          (serving_max_warps * serving_stages<value_last> * serving_stage_bytes<Unit, token_tile> +
                           (wide ? static_cast<int>(ServingTokens<Unit, token_tile>::shared_bytes) + 1024 : 0));
   constexpr int fragments = wide ? 0 : ServingTokens<Unit, token_tile>::blocks * Unit::keys / 8;
-  constexpr int others = (token_tile == 1   ? 72
-                          : token_tile == 4 ? 80
+  constexpr int others = (token_tile == 4   ? 80
                           : token_tile == 8 ? 88
                                             : 113) +
                          (Unit::pair_words == 2 || (wide && parts > 1) ? 16 : 0) + (value_last ? 24 : 0) + (common ? 0 : 16);
@@ -77,7 +76,9 @@ __global__ void __launch_bounds__(
   const bool stores_each = (!common && p.store_tokens) || p.snapshots.data != nullptr;
   char* const memory = shared_address(
       shared, Tokens::shared_bytes + warp * (stages * stage_bytes + (stores_each ? static_cast<unsigned>(Unit::bytes) : 0)));
-  const auto unit_at = [&](int stage) { return Unit(memory + stage * stage_bytes, static_cast<unsigned>(lane), p.value_dim); };
+  const auto unit_at = [&](int stage) {
+    return Unit(memory + stage * stage_bytes, static_cast<unsigned>(lane), p.value_dim, p.stores_stay);
+  };
   Tokens tokens(shared);
   const ServingValues<Unit, token_tile> values(p, n, h, lane);
   const auto values_at = [&](int stage) { return memory + stage * stage_bytes + Unit::bytes; };

@@ -22,9 +22,10 @@ class StateUnit {
   static constexpr int pair_words = static_cast<int>(sizeof(State)) / 2;
   static constexpr std::size_t bytes = std::size_t{sizeof(State)} * rows * key_dim;
 
-  /// `memory`: the warp's, of `bytes`. `value_dim`: how far it is from key to key of a V-last state.
-  __device__ StateUnit(void* memory, unsigned lane, int value_dim)
-      : memory_(static_cast<char*>(memory)), lane_(static_cast<int>(lane)), value_dim_(value_dim) {}
+  /// `memory`: the warp's, of `bytes`. `value_dim`: how far it is from key to key of a V-last state. `stores_stay`: see
+  /// params.hpp.
+  __device__ StateUnit(void* memory, unsigned lane, int value_dim, bool stores_stay)
+      : memory_(static_cast<char*>(memory)), lane_(static_cast<int>(lane)), value_dim_(value_dim), stores_stay_(stores_stay) {}
 
   /// Elements from a head's first to the first of its value rows from `first_value`.
   __device__ static int offset(int first_value) { return value_last ? first_value : first_value * key_dim; }
@@ -145,13 +146,14 @@ class StateUnit {
   }
   template <int vectors>
   __device__ __forceinline__ void write_vectors(State* to, int count, int skipped) const {
-    for_each_vector<vectors>(to, count, skipped, [](const char* from, State* vector) {
-      __stcs(reinterpret_cast<uint4*>(vector), *reinterpret_cast<const uint4*>(from));
+    for_each_vector<vectors>(to, count, skipped, [&](const char* from, State* vector) {
+      store_vector(vector, *reinterpret_cast<const uint4*>(from), stores_stay_);
     });
   }
 
   char* const memory_;
   const int lane_, value_dim_;
+  const bool stores_stay_;
 };
 
 }  // namespace gatedelta::cuda

@@ -152,6 +152,18 @@ class Ring {
       }
     }
   }
+  /// Of vector i alone, each time from memory: a slice may be larger than the registers.
+  __device__ void read_again(unsigned stage, int i, std::uint32_t (&out)[words]) const {
+    static_assert(words == 4);
+    load_again(out, at(stage, i));
+  }
+  /// What is read where nothing was copied.
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(stages) * vectors; ++i)
+#pragma unroll
+      for (int j = 0; j < words; ++j) memory_[i * (32 * words) + j] = 0;
+  }
 
  private:
   __device__ std::uint32_t* at(unsigned stage, int i) const { return memory_ + (stage * vectors + i) * (32 * words); }
@@ -159,34 +171,41 @@ class Ring {
   std::uint32_t* const memory_;
 };
 
-/// A number of words to memory that is not read again soon.
-template <int count>
-__device__ void store_words(void* to, const std::uint32_t* words) {
-  if constexpr (count == 1) {
-    __stcs(static_cast<std::uint32_t*>(to), words[0]);
-  } else if constexpr (count == 2) {
-    __stcs(static_cast<uint2*>(to), make_uint2(words[0], words[1]));
-  } else {
-    static_assert(count % 4 == 0);
-#pragma unroll
-    for (int i = 0; i < count; i += 4)
-      __stcs(static_cast<uint4*>(to) + i / 4, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
-  }
-}
+/// N (2, 4 or 8) elements of a state as they lie in memory.
+template <class Element, int N>
+struct Packed {
+  static constexpr int count = N * static_cast<int>(sizeof(Element)) / 4;
+  std::uint32_t words[count];
 
-/// N (2, 4 or 8) contiguous elements of a state.
+  __device__ explicit Packed(const float (&in)[N]) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      if constexpr (sizeof(Element) == 4)
+        words[i] = __float_as_uint(in[i]);
+      else
+        words[i] = narrow(in[2 * i], in[2 * i + 1], Element{});
+    }
+  }
+  /// To memory that is not read again soon.
+  __device__ void store(void* to) const {
+    if constexpr (count == 1) {
+      __stcs(static_cast<std::uint32_t*>(to), words[0]);
+    } else if constexpr (count == 2) {
+      __stcs(static_cast<uint2*>(to), make_uint2(words[0], words[1]));
+    } else {
+      static_assert(count % 4 == 0);
+#pragma unroll
+      for (int i = 0; i < count / 4; ++i) __stcs(static_cast<uint4*>(to) + i, vector(i));
+    }
+  }
+  __device__ uint4 vector(int i = 0) const {
+    return make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+  }
+};
+
 template <class Element, int N>
 __device__ void store_as(void* data, std::int64_t offset, const float (&in)[N]) {
-  constexpr int words_count = N * static_cast<int>(sizeof(Element)) / 4;
-  std::uint32_t words[words_count];
-#pragma unroll
-  for (int i = 0; i < words_count; ++i) {
-    if constexpr (sizeof(Element) == 4)
-      words[i] = __float_as_uint(in[i]);
-    else
-      words[i] = narrow(in[2 * i], in[2 * i + 1], Element{});
-  }
-  store_words<words_count>(static_cast<Element*>(data) + offset, words);
+  Packed<Element, N>(in).store(static_cast<Element*>(data) + offset);
 }
 template <int N, class Any>
 __device__ void store_run(const Any& tensor, std::int64_t offset, const float (&in)[N]) {

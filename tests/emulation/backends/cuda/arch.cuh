@@ -86,6 +86,8 @@ inline void store_transposed(void* row, const std::uint32_t (&in)[4]) {
     }
 }
 
+inline void load_again(std::uint32_t (&out)[4], const void* from) { std::memcpy(out, from, sizeof out); }
+inline void store_vector(void* to, uint4 vector, bool) { std::memcpy(to, &vector, sizeof vector); }
 inline void copy_streaming(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
 template <class Word, class T>
 void load_if(bool wanted, Word& x, const T* from) {
