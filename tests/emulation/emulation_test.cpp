@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <string>
+#include <vector>
 
 #include "scene.hpp"
 
@@ -108,6 +109,42 @@ TEST_CASE("decode") {
       check({state, 1, K, 96, shape(2, 2, 32), 1, 3, false, true, true}, Kernel::decode, 0);
       check({state, 1, K, 64, shape(2, 1, 64), 2, 2, false, true, true, false}, Kernel::decode, 0);
     }
+  }
+}
+
+TEST_CASE("how a call is cut into blocks does not change a bit") {
+  const auto agree = [](Form form, Kernel kernel, int token_tile, const std::vector<cuda::Shape>& shapes) {
+    std::string first;
+    for (const cuda::Shape& each : shapes) {
+      form.shape = each;
+      const std::string text = form.text();
+      INFO(text);
+      Scene scene(form);
+      REQUIRE(scene.run(kernel, token_tile).fault == "");
+      const std::string bits = scene.bits();
+      CHECK_FALSE(bits.empty());
+      CHECK((first.empty() || bits == first));
+      first = bits;
+    }
+  };
+  for (const DType state : states) {
+    for (const bool value_last : {false, true}) {
+      agree({state, 1, 128, 128, {}, 1, 2, true, value_last}, Kernel::decode, 0,
+            {shape(2, 1, 16), shape(4, 2, 32), shape(8, 1, 64), shape(8, 2, 64), shape(4, 4, 32)});
+      for (const std::int64_t T : {2, 7, 12})
+        agree({state, T, 128, 64, {}, 1, 2, true, value_last, true}, Kernel::serving,
+              T <= 4   ? 4
+              : T <= 8 ? 8
+                       : 16,
+              {shape(0, 1, 16), shape(0, 4, 16), shape(0, 2, 32), shape(0, 1, 64)});
+    }
+    for (const std::int64_t T : {1, 3, 8})
+      for (const std::int64_t P : {5, 16})
+        agree({state, T, 128, 64, {}, 2, 4, true, false, false, true, 16, P}, Kernel::replay,
+              T == 1   ? 1
+              : T <= 4 ? 4
+                       : 8,
+              {shape(1, 4, 16), shape(2, 4, 32), shape(1, 1, 64), shape(4, 4, 16), shape(3, 4, 32)});
   }
 }
 

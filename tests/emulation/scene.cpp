@@ -153,6 +153,14 @@ Result Scene::run(cuda::Kernel kernel, int token_tile) {
   return result;
 }
 
+std::string Scene::bits() const {
+  std::string out;
+  for (const TensorView& tensor : {in_.o, in_.state, in_.snapshots, window_.keys, window_.corrections, window_.decays})
+    if (tensor.defined())
+      out.append(static_cast<const char*>(tensor.data), static_cast<std::size_t>(tensor.elements()) * size_of(tensor.dtype));
+  return out;
+}
+
 void Scene::expect(Result& result, std::int64_t n, std::int64_t h) {
   const std::int64_t T = form_.tokens, K = form_.key_dim, V = form_.value_dim, slot = read_slots[n];
   const std::int64_t hk = h / (form_.heads / form_.k_heads), P = entries_of(form_, n);

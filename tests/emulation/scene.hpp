@@ -56,6 +56,8 @@ class Scene {
   explicit Scene(const Form& form);
   /// Runs the kernel that the backend takes for such a call, in this form's shape. `kernel` says which one it must be.
   Result run(cuda::Kernel kernel, int token_tile);
+  /// The bits that the run has left behind in outputs, states, snapshots and windows.
+  std::string bits() const;
 
  private:
   static constexpr std::int64_t rows = 3, slots = 4;
