@@ -15,9 +15,9 @@ namespace {
 
 constexpr std::int64_t no_bound = INT64_MAX;
 
-// Measured on an H200 with 16 query and 32 value heads and K = V = 128 by bench/tune_cuda, which tries all of them. Where a call
-// stores several times what the L2 cache holds, stores that stay there like anything else are 1 to 2 % faster; where it stores
-// less, they are up to 8 % slower.
+// Measured on an H200 with 16 query and 32 value heads and K = V = 128 by bench/tune_cuda, which tries all of them. Where a
+// call stores several times what the L2 cache holds, stores that stay there like anything else are 1 to 2 % faster; where it
+// stores less, they are up to 8 % slower.
 constexpr Choice decode_16_bit[] = {
     {128, {4, 2, 8}}, {256, {4, 4, 16}}, {512, {8, 2, 64, true}}, {1024, {8, 1, 16}}, {no_bound, {4, 4, 32, true}}};
 constexpr Choice decode_32_bit[] = {{32, {4, 2, 4}},   {128, {8, 2, 8}},  {256, {8, 1, 16}},
