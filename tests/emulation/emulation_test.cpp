@@ -39,6 +39,9 @@ Result check(const Form& form, Kernel kernel, int token_tile) {
   return result;
 }
 
+/// The smallest number of tokens that a kernel is compiled for which holds T.
+int tile_of(std::int64_t T) { return T == 1 ? 1 : T <= 4 ? 4 : T <= 8 ? 8 : 16; }
+
 /// heads of a block (or rows of a lane), warps of a block, value rows of a warp
 cuda::Shape shape(int heads, int warps, int span) { return {.heads = heads, .warps = warps, .span = span}; }
 
@@ -47,7 +50,7 @@ cuda::Shape shape(int heads, int warps, int span) { return {.heads = heads, .war
 TEST_CASE("replay") {
   int folded = 0, unfolded = 0;
   const auto check_replay = [&](const Form& form) {
-    const Result result = check(form, Kernel::replay, form.tokens == 1 ? 1 : form.tokens <= 4 ? 4 : 8);
+    const Result result = check(form, Kernel::replay, tile_of(form.tokens));
     folded += result.folded, unfolded += result.unfolded;
   };
   for (const DType state : states) {
@@ -79,7 +82,7 @@ TEST_CASE("replay") {
 TEST_CASE("serving") {
   for (const DType state : states)
     for (const std::int64_t T : {3, 4, 7, 8, 11, 16}) {
-      const int tile = T <= 4 ? 4 : T <= 8 ? 8 : 16;
+      const int tile = tile_of(T);
       for (const bool value_last : {false, true}) {
         const bool usual = T % 3 != 0;
         // The final state, snapshots as well, snapshots alone, outputs alone.
@@ -132,18 +135,12 @@ TEST_CASE("how a call is cut into blocks does not change a bit") {
       agree({state, 1, 128, 128, {}, 1, 2, true, value_last}, Kernel::decode, 0,
             {shape(2, 1, 16), shape(4, 2, 32), shape(8, 1, 64), shape(8, 2, 64), shape(4, 4, 32)});
       for (const std::int64_t T : {2, 7, 12})
-        agree({state, T, 128, 64, {}, 1, 2, true, value_last, true}, Kernel::serving,
-              T <= 4   ? 4
-              : T <= 8 ? 8
-                       : 16,
+        agree({state, T, 128, 64, {}, 1, 2, true, value_last, true}, Kernel::serving, tile_of(T),
               {shape(0, 1, 16), shape(0, 4, 16), shape(0, 2, 32), shape(0, 1, 64)});
     }
     for (const std::int64_t T : {1, 3, 8})
       for (const std::int64_t P : {5, 16})
-        agree({state, T, 128, 64, {}, 2, 4, true, false, false, true, 16, P}, Kernel::replay,
-              T == 1   ? 1
-              : T <= 4 ? 4
-                       : 8,
+        agree({state, T, 128, 64, {}, 2, 4, true, false, false, true, 16, P}, Kernel::replay, tile_of(T),
               {shape(1, 4, 16), shape(2, 4, 32), shape(1, 1, 64), shape(4, 4, 16), shape(3, 4, 32)});
   }
 }
