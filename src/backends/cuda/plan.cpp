@@ -37,7 +37,8 @@ constexpr Choice serving_update_32_bit[] = {
 constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_read[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
-constexpr Choice replay_rows[] = {{128, {1, 4, 16}}, {256, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_one_token[] = {{256, {1, 4, 16}}, {512, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_tokens[] = {{256, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
 constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
 constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
@@ -105,7 +106,7 @@ std::optional<Shape> parse_shape(const char* text) {
 
 Choices choices(const Plan& plan, DType state, Stores stores) {
   if (plan.kernel == Kernel::verify) return all(verify_rows);
-  if (plan.kernel == Kernel::replay) return all(replay_rows);
+  if (plan.kernel == Kernel::replay) return plan.token_tile == 1 ? all(replay_one_token) : all(replay_tokens);
   if (plan.kernel == Kernel::serving) {
     if (plan.value_last) return all(serving_value_last);
     if (plan.token_tile == 16) return state == DType::f32 ? all(wide_32_bit) : all(wide_16_bit);

@@ -16,6 +16,8 @@
 // once for all of them. States stream through the rings of the warps from head to head. While the first ones are on their way,
 // what does not depend on the value row is worked out: by some warps what the tokens are to each other, and by others, if there
 // are enough, M as a sum of three bfloat16 numbers. Of heads with the same key and query, a team, most of that is the same.
+// How soon the streams can go on depends on the warp with the entries: so it asks for these before it does anything else, and
+// all warps leave the larger part of the states until then.
 namespace gatedelta::cuda {
 
 constexpr int replay_stages = 2;
@@ -85,120 +87,133 @@ struct ReplayRow {
 
 /// One warp's work for the heads of a team from h on: what the entries of the window are to its tokens. `notes_of` gives the
 /// notes of a head.
-template <class Rows, int token_tile, class Tokens, class NotesOf>
-__device__ __forceinline__ void prepare_entries(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
-                                                const Tokens& tokens, const NotesOf& notes_of) {
-  constexpr int runs = Tokens::runs, words = max_window / 32;
-  const auto notes = notes_of(h);
-  const int lane = notes.lane, g = lane / 4, c = lane % 4;
-  const WindowParams& window = p.window;
-  const int P = row.record.length, used = (P + group_entries - 1) / group_entries;
-  const bool folds = P + static_cast<int>(p.tokens) > window.capacity;
-  const auto key_stride = static_cast<int>(window.keys.strides[2]);
-  const std::uint16_t* const keys = row.keys(p, h) + 8 * c;
-
-  // A lane has the decays behind the entries lane and lane + 32.
-  float log_decays[replay_max_heads][words] = {};
-  const float* decays = row.decays(p, h);
+template <class Rows, int token_tile, class Tokens>
+class Entries {
+ public:
+  /// What all that follows waits for.
+  __device__ __forceinline__ void fetch(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
+                                        int lane) {
+    const float* decays = row.decays(p, h);
 #pragma unroll
-  for (int i = 0; i < replay_max_heads; ++i) {
-    if (i >= heads) break;
+    for (int i = 0; i < replay_max_heads; ++i) {
+      if (i >= heads) break;
 #pragma unroll
-    for (int word = 0; word < words; ++word)
-      if (32 * word + lane < P)
-        log_decays[i][word] = decays[product(row.record.places[word], static_cast<int>(window.decays.strides[2]))];
-    decays += window.decays.strides[1];
+      for (int word = 0; word < words; ++word) {
+        log_decays_[i][word] = 0;
+        if (32 * word + lane < row.record.length)
+          log_decays_[i][word] = decays[product(row.record.places[word], static_cast<int>(p.window.decays.strides[2]))];
+      }
+      decays += p.window.decays.strides[1];
+    }
+    fetch_keys(p, row, h, 0, lane);
   }
-  // Keys as rows of 16 entries, a lane's 8 at a time.
-  uint4 entry_keys[2][runs] = {};
-  const auto fetch_keys = [&](int group) {
+
+  template <class NotesOf>
+  __device__ __forceinline__ void prepare(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
+                                          const Tokens& tokens, const NotesOf& notes_of) {
+    const auto notes = notes_of(h);
+    const int lane = notes.lane, g = lane / 4, c = lane % 4;
+    const int P = row.record.length, used = (P + group_entries - 1) / group_entries;
+    const bool folds = P + static_cast<int>(p.tokens) > p.window.capacity;
+
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int entry = group * group_entries + 8 * half + g, place = row.record.place_of(entry, window.ring);
+    for (int i = 0; i < replay_max_heads; ++i) {
+      if (i >= heads) break;
+      const auto own = notes_of(h + i);
+      float checkpoint_decay = 1;
+#pragma unroll
+      for (int word = words - 1; word >= 0; --word) {
+        if (32 * word >= P) continue;
+        float product = expf(log_decays_[i][word]);
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+          const float behind = __shfl_down_sync(0xffffffffu, product, distance);
+          if (lane + distance < 32) product *= behind;
+        }
+        product *= checkpoint_decay;  // of the other word
+        const float next = __shfl_down_sync(0xffffffffu, product, 1);
+        if (const int entry = 32 * word + lane; entry < used * group_entries)
+          own.decays(entry / group_entries)[entry % group_entries] = lane < 31 ? next : checkpoint_decay;
+        checkpoint_decay = shuffle(product, 0);
+      }
+      own.checkpoint_decay() = checkpoint_decay;
+    }
+    __syncwarp();
+
+#pragma unroll 1
+    for (int group = 0; group < used; ++group) {
+      if (group > 0) fetch_keys(p, row, h, group, lane);
+      if (folds)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int i = 0; i < runs; ++i) {
+            const uint4& x = keys_[half][i];
+            const Pair pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int pair = 0; pair < 4; ++pair) {
+              const int place = Rows::place_of_pair(i, pair, c);
+              reinterpret_cast<Pair*>(notes.key_vector(group, 8 * half + g, place / 4))[place % 4] = pairs[pair];
+            }
+          }
+      float products[2][Tokens::blocks][4] = {};
 #pragma unroll
       for (int i = 0; i < runs; ++i) {
-        entry_keys[half][i] = uint4{};
-        if (entry < P) entry_keys[half][i] = *reinterpret_cast<const uint4*>(keys + place * key_stride + 32 * i);
-      }
-    }
-  };
-  if (used > 0) fetch_keys(0);
-
-#pragma unroll
-  for (int i = 0; i < replay_max_heads; ++i) {
-    if (i >= heads) break;
-    const auto own = notes_of(h + i);
-    float checkpoint_decay = 1;
-#pragma unroll
-    for (int word = words - 1; word >= 0; --word) {
-      if (32 * word >= P) continue;
-      float product = expf(log_decays[i][word]);
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const float behind = __shfl_down_sync(0xffffffffu, product, distance);
-        if (lane + distance < 32) product *= behind;
-      }
-      product *= checkpoint_decay;  // of the other word
-      const float next = __shfl_down_sync(0xffffffffu, product, 1);
-      if (const int entry = 32 * word + lane; entry < used * group_entries)
-        own.decays(entry / group_entries)[entry % group_entries] = lane < 31 ? next : checkpoint_decay;
-      checkpoint_decay = shuffle(product, 0);
-    }
-    own.checkpoint_decay() = checkpoint_decay;
-  }
-  __syncwarp();
-
-#pragma unroll 1
-  for (int group = 0; group < used; ++group) {
-    if (group > 0) fetch_keys(group);
-    if (folds)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < runs; ++i) {
-          const uint4& x = entry_keys[half][i];
-          const Pair pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair) {
-            const int place = Rows::place_of_pair(i, pair, c);
-            reinterpret_cast<Pair*>(notes.key_vector(group, 8 * half + g, place / 4))[place % 4] = pairs[pair];
-          }
-        }
-    float products[2][Tokens::blocks][4] = {};
-#pragma unroll
-    for (int i = 0; i < runs; ++i) {
-      const uint4 &low = entry_keys[0][i], &high = entry_keys[1][i];
-#pragma unroll
-      for (int block = 0; block < Tokens::blocks; ++block) {
-        multiply_add(products[0][block], low.x, high.x, low.y, high.y, tokens.pair(block, i, 0), tokens.pair(block, i, 1));
-        multiply_add(products[1][block], low.z, high.z, low.w, high.w, tokens.pair(block, i, 2), tokens.pair(block, i, 3));
-      }
-    }
-#pragma unroll
-    for (int block = 0; block < Tokens::blocks; ++block)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& x = products[0][block][e];
-        x += products[1][block][e];
-        // All even columns are the key's, all odd ones the query's, as those of the state.
-        if constexpr (token_tile == 1) x = shuffle(x, lane & ~3);
-      }
-#pragma unroll 1
-    for (int i = 0; i < heads; ++i) {
-      const auto own = notes_of(h + i);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float decay = own.decays(group)[8 * half + g];
+        const uint4 &low = keys_[0][i], &high = keys_[1][i];
 #pragma unroll
         for (int block = 0; block < Tokens::blocks; ++block) {
-          float low = decay * products[0][block][2 * half], high = decay * products[0][block][2 * half + 1];
+          multiply_add(products[0][block], low.x, high.x, low.y, high.y, tokens.pair(block, i, 0), tokens.pair(block, i, 1));
+          multiply_add(products[1][block], low.z, high.z, low.w, high.w, tokens.pair(block, i, 2), tokens.pair(block, i, 3));
+        }
+      }
 #pragma unroll
-          for (int part = 0; part < 3; ++part) own.mix(group, block, part, half) = transposed(take_upper(low, high));
+      for (int block = 0; block < Tokens::blocks; ++block)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& x = products[0][block][e];
+          x += products[1][block][e];
+          // All even columns are the key's, all odd ones the query's, as those of the state.
+          if constexpr (token_tile == 1) x = shuffle(x, lane & ~3);
+        }
+#pragma unroll 1
+      for (int i = 0; i < heads; ++i) {
+        const auto own = notes_of(h + i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float decay = own.decays(group)[8 * half + g];
+#pragma unroll
+          for (int block = 0; block < Tokens::blocks; ++block) {
+            float low = decay * products[0][block][2 * half], high = decay * products[0][block][2 * half + 1];
+#pragma unroll
+            for (int part = 0; part < 3; ++part) own.mix(group, block, part, half) = transposed(take_upper(low, high));
+          }
         }
       }
     }
   }
-}
+
+ private:
+  static constexpr int runs = Tokens::runs, words = max_window / 32;
+
+  __device__ __forceinline__ void fetch_keys(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int group,
+                                             int lane) {
+    const int g = lane / 4, c = lane % 4;
+    const std::uint16_t* const keys = row.keys(p, h) + 8 * c;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int entry = group * group_entries + 8 * half + g, place = row.record.place_of(entry, p.window.ring);
+#pragma unroll
+      for (int i = 0; i < runs; ++i) {
+        keys_[half][i] = uint4{};
+        if (entry < row.record.length)
+          keys_[half][i] = *reinterpret_cast<const uint4*>(keys + place * static_cast<int>(p.window.keys.strides[2]) + 32 * i);
+      }
+    }
+  }
+
+  float log_decays_[replay_max_heads][words];  ///< behind the entries lane and lane + 32
+  uint4 keys_[2][runs];                        ///< of a group, as rows of 16 entries, a lane's 8 at a time
+};
 
 /// And another's: what the tokens are to each other. One token of a team's heads differs in the gates alone, and lane i has
 /// those of head h + i; of more tokens a head is a warp's work.
@@ -291,7 +306,7 @@ constexpr int replay_blocks() {
                             (token_tile == 1   ? 96
                              : token_tile == 4 ? 96
                                                : 120) +
-                            (Rows::parts > 1 ? 16 : 0) + (common ? 0 : 8);
+                            (Rows::narrow_state ? Rows::parts > 1 ? 16 : 0 : 32) + (common ? 0 : 8);
   return 65536 / (32 * replay_max_warps * registers);
 }
 
@@ -335,8 +350,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   const unsigned entries_head = first_head + static_cast<unsigned>(with_entries);
 
   Tokens tokens(nullptr);
-  if (has_tokens || has_entries) tokens.fetch(p, n, has_tokens ? tokens_head : entries_head, count, g, c);
   if (has_tokens) {
+    tokens.fetch(p, n, tokens_head, count, g, c);
     const unsigned own = token_tile == 1 ? min(tokens_head + static_cast<unsigned>(lane), end_head - 1) : tokens_head;
     tokens.template fetch_gates<common>(p, n, own, count, g);
     const int vectors = p.value_dim / 8;
@@ -355,6 +370,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
       }
     }
   }
+  __pipeline_commit();
   slots.resolve(p, n);
   ReplayRow row{n, slots.source, {}};
   const auto slot = static_cast<unsigned>(row.slot);
@@ -379,11 +395,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     row.record.load(p, row.slot, lane);
     next.state = static_cast<const State*>(p.state_write.data) + offset_of(p.state_write, slot, first_head) +
                  span_begin * key_dim + Rows::lane_offset(lane);
-    Position ahead = next;
-    for (int stage = 0; stage < stages && ahead.h < end_head; ++stage) {
-      Rows(memory + stage * stage_bytes, lane).template fetch<streams>(ahead.state);
-      advance(ahead);
-    }
+    if (next.h < end_head) Rows(memory, lane).template fetch<streams>(next.state);
     if (has_tokens)
       prepare_tokens<token_tile, common>(p, tokens_head, min(token_heads, heads - with_tokens),
                                          is_first(static_cast<unsigned>(with_tokens), p.team), tokens, notes_of);
@@ -411,31 +423,41 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
         __pipeline_memcpy_async(reinterpret_cast<uint4*>(corrections_at(stage, group)) + lane,
                                 corrections + along + place_of(entry) * correction_stride + lane % 2 * 8, 16);
   };
+  Entries<Rows, token_tile, Tokens> entries;
   if (good) {
-    // Corrections of entries that there are not are zero, and stay so.
-    for (int stage = 0; stage < stages; ++stage)
-      for (int group = 0; group < used; ++group)
-        if (group * group_entries + lane / 2 >= P) reinterpret_cast<uint4*>(corrections_at(stage, group))[lane] = uint4{};
-    for (int stage = 0; stage < stages; ++stage) {
-      if (next.h < end_head) {
-        fetch_corrections(stage, next);
-        advance(next);
-      }
-      __pipeline_commit();
+    // Ahead of most states, behind which this would have to wait.
+    if (has_entries) {
+      entries.fetch(p, row, entries_head, min(team, heads - with_entries), lane);
+      if (!has_tokens) tokens.fetch(p, n, entries_head, count, g, c);
     }
+    // Corrections of entries that there are not are zero, and stay so.
+    if (used * group_entries > P && lane / 2 >= P % group_entries)
+      for (int stage = 0; stage < stages; ++stage) reinterpret_cast<uint4*>(corrections_at(stage, used - 1))[lane] = uint4{};
+    static_assert(stages == 2);
+    if (next.h < end_head) {
+      fetch_corrections(0, next);
+      advance(next);
+    }
+    __pipeline_commit();
+    if (next.h < end_head) fetch_corrections(1, next);
     good = row.record.is_permutation(p, n, lane, warp == 0);
     if (good && has_tokens && blockIdx.x == 0)
       store_entry<token_tile>(p, row, tokens_head, min(token_heads, heads - with_tokens), tokens,
                               row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring), lane);
-    if (has_entries) {
-      if (has_tokens && tokens_head != entries_head) tokens.fetch(p, n, entries_head, count, g, c);
-      prepare_entries<Rows, token_tile>(p, row, entries_head, min(team, heads - with_entries), tokens, notes_of);
+    if (next.h < end_head) {
+      Rows(memory + stage_bytes, lane).template fetch<streams>(next.state);
+      advance(next);
     }
+    __pipeline_commit();
   }
-  __pipeline_wait_prior(stages - 1);  // v
+  const int new_place = row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring);
+  if (good && has_entries) {
+    if (has_tokens && tokens_head != entries_head) tokens.fetch(p, n, entries_head, count, g, c);
+    entries.prepare(p, row, entries_head, min(team, heads - with_entries), tokens, notes_of);
+  }
+  __pipeline_wait_prior(stages);  // v
   __syncthreads();
 
-  const int new_place = row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring);
   const bool folds = P + count > window.capacity;
   const int o_token = Tokens::query_of(g);
   const bool has_o = token_tile == 1 || (o_token >= 0 && o_token < count);
