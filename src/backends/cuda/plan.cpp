@@ -38,7 +38,8 @@ constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, 
 constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_read[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice replay_one_token[] = {{256, {1, 4, 16}}, {512, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
-constexpr Choice replay_tokens[] = {{256, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_16_bit[] = {{256, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
 constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
 constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
 constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
@@ -106,7 +107,8 @@ std::optional<Shape> parse_shape(const char* text) {
 
 Choices choices(const Plan& plan, DType state, Stores stores) {
   if (plan.kernel == Kernel::verify) return all(verify_rows);
-  if (plan.kernel == Kernel::replay) return plan.token_tile == 1 ? all(replay_one_token) : all(replay_tokens);
+  if (plan.kernel == Kernel::replay)
+    return plan.token_tile == 1 ? all(replay_one_token) : state == DType::f32 ? all(replay_32_bit) : all(replay_16_bit);
   if (plan.kernel == Kernel::serving) {
     if (plan.value_last) return all(serving_value_last);
     if (plan.token_tile == 16) return state == DType::f32 ? all(wide_32_bit) : all(wide_16_bit);
