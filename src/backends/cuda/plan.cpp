@@ -36,7 +36,8 @@ constexpr Choice serving_update_32_bit[] = {
 };
 constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
-constexpr Choice serving_read[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
+constexpr Choice serving_read_16_bit[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
+constexpr Choice serving_read_32_bit[] = {{256, {0, 1, 16}}, {no_bound, {0, 2, 64}}};
 constexpr Choice replay_one_token[] = {{256, {1, 4, 16}}, {512, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_16_bit[] = {{256, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
@@ -112,7 +113,7 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
   if (plan.kernel == Kernel::serving) {
     if (plan.value_last) return all(serving_value_last);
     if (plan.token_tile == 16) return state == DType::f32 ? all(wide_32_bit) : all(wide_16_bit);
-    if (stores == Stores::none) return all(serving_read);
+    if (stores == Stores::none) return state == DType::f32 ? all(serving_read_32_bit) : all(serving_read_16_bit);
     if (state == DType::f32) return stores == Stores::each ? all(serving_each_32_bit) : all(serving_update_32_bit);
     return stores == Stores::each ? all(serving_each_16_bit) : all(serving_update_16_bit);
   }
