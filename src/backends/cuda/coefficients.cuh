@@ -119,8 +119,7 @@ class TokenColumns {
   /// `memory`: the block's; what there is has room in registers.
   __device__ explicit TokenColumns(void* /*memory*/) {}
 
-  /// The token whose v is wanted in column g, and the one whose outputs are in column g of the last block; negative for none.
-  __device__ static int value_of(int g) { return g; }
+  /// The token whose outputs are in column g of the last block; negative for none.
   __device__ static int query_of(int g) { return beside ? g - 4 : g; }
   /// Of column g of a block, the keys (or of a query) width (c + 4i) + 2j, + 1.
   __device__ Pair pair(int block, int i, int j) const { return words_[block][i][j]; }
@@ -294,22 +293,17 @@ class TokenColumns {
   float prefix_;               ///< exp(G_t) for row t
 };
 
-/// The same for one token, with a key in columns 0, 2 and 3, and a query in column 1. So one lane has S k and S q of a row, and
-/// the three parts of a correction find a column of keys each.
+/// For one token of a replay window: its key in columns 0, 2 and 3, its query in column 1.
 template <int key_dim, int width>
 class TokenColumns<key_dim, 1, width> {
  public:
-  static constexpr int groups = 1, blocks = 1, runs = key_dim / (4 * width);
-
-  float key_factor[1][2], value_factor[1][2], query_factor[1][2];
+  static constexpr int blocks = 1, runs = key_dim / (4 * width);
 
   __device__ explicit TokenColumns(void* /*memory*/) {}
 
-  __device__ static int value_of(int g) { return g == 0 || g == 2 ? 0 : -1; }
-  __device__ static int query_of(int g) { return g == 1 ? 0 : -1; }
+  __device__ static int query_of(int) { return 0; }
   __device__ Pair pair(int block, int i, int j) const { return words_[block][i][j]; }
   __device__ const Pair (&run(int block, int i) const)[width / 2] { return words_[block][i]; }
-  __device__ void load_pairs(Pair (&out)[4], int block, int first) const { copy_pairs(out, words_[block], first); }
 
   __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int, int g, int c) {
     fetch_column<width>(words_[0], p, g == 1, g < 4, n, 0u, h, c);
@@ -319,67 +313,31 @@ class TokenColumns<key_dim, 1, width> {
     gates_.fetch<common>(p, n, 0u, h);
   }
 
-  __device__ void share(int, int) {}
-
   template <bool common>
-  __device__ void prepare(const FastParams& p, int, int, int c) {
+  __device__ void prepare(const FastParams& p, int, int, int) {
     float products[2];
     multiply_columns(words_[0], nullptr, words_[0], products, nullptr);
     log_decay_ = gates_.log_decay<float, common>(p);
-    decay_ = expf(log_decay_);
-    const float beta = gates_.beta<float, common>(p);
+    const float decay = expf(log_decay_);
+    beta_ = gates_.beta<float, common>(p);
     key_norm_ = normalisation<common>(p, shuffle(products[0], 0));
     const float query_scale = p.scale * normalisation<common>(p, shuffle(products[1], 4));
     read_out_ = query_scale * (key_norm_ * shuffle(products[1], 0));
-    key_factor[0][0] = -beta * (decay_ * key_norm_), value_factor[0][0] = beta, query_factor[0][0] = 0;
-    query_factor_ = query_scale * decay_;
-    key_factor[0][1] = value_factor[0][1] = 0, query_factor[0][1] = c == 0 ? query_factor_ : 0.0f;
-  }
-
-  static constexpr std::size_t shared_bytes = 128 * 9;
-  __device__ void pass(SharedNumbers numbers) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      numbers.pass(key_factor[0][e]), numbers.pass(value_factor[0][e]), numbers.pass(query_factor[0][e]);
-    numbers.pass(decay_), numbers.pass(key_norm_), numbers.pass(read_out_);
+    key_factor_ = -beta_ * (decay * key_norm_), query_factor_ = query_scale * decay;
   }
 
   /// The factors of a value and of S k in the correction, of S q and the correction in the output, and of the correction in an
   /// entry, with the lane's gates.
   __device__ void store_factors(float* to) const {
-    to[0] = value_factor[0][0], to[1] = key_factor[0][0], to[2] = query_factor_, to[3] = read_out_, to[4] = key_norm_;
+    to[0] = beta_, to[1] = key_factor_, to[2] = query_factor_, to[3] = read_out_, to[4] = key_norm_;
   }
   __device__ float log_decay() const { return log_decay_; }
-
-  __device__ void solve(const float (&in)[1][2][2], float (&corrections)[1][4], float (&out)[1][4]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      corrections[0][2 * half] = in[0][half][0], corrections[0][2 * half + 1] = 0;
-      out[0][2 * half + 1] += read_out_ * in[0][half][0];
-    }
-  }
-
-  __device__ float decay_to(int) const { return decay_; }
-  __device__ void factors_to(int, int, float (&out)[1][2]) const { out[0][0] = key_norm_, out[0][1] = 0; }
-
-  static constexpr int fragment = 1;
-  __device__ static void split(float x, float, int c, Pair (&out)[fragment]) {
-    const std::uint32_t first = take_upper(x), second = take_upper(x);
-    out[0] = c == 0 ? first >> 16 : c == 1 ? __byte_perm(second, __float_as_uint(x), 0x7632) : 0;
-  }
-  __device__ void multiply_keys(float (&d)[2][4], const Pair (&u)[1][2][fragment], int i, int j) const {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) multiply_add(d[e], u[0][0][0], u[0][1][0], transposed(words_[0][i][j + e]));
-  }
-
-  __device__ void forget() { forget_all(words_); }
 
  private:
   Pair words_[blocks][runs][width / 2];
   GateInputs gates_;
   float log_decay_ = 0;
-  float decay_, key_norm_;
-  float query_factor_, read_out_;  ///< factors of S q and of the correction in the output
+  float beta_, key_factor_, query_factor_, read_out_, key_norm_;
 };
 
 }  // namespace gatedelta::cuda

@@ -16,8 +16,8 @@
 // once for all of them. States stream through the rings of the warps from head to head. While the first ones are on their way,
 // what does not depend on the value row is worked out: by some warps what the tokens are to each other, and by others, if there
 // are enough, M as a sum of three bfloat16 numbers. Of heads with the same key and query, a team, most of that is the same.
-// How soon the streams can go on depends on the warp with the entries: so it asks for these before it does anything else, and
-// all warps leave the larger part of the states until then.
+// How soon the streams can go on depends on the warp with the entries: so it asks for these as soon as it knows where they are,
+// and all warps leave most of the states until then.
 namespace gatedelta::cuda {
 
 constexpr int replay_stages = 2;
@@ -90,7 +90,7 @@ struct ReplayRow {
 template <class Rows, int token_tile, class Tokens>
 class Entries {
  public:
-  /// What all that follows waits for.
+  /// Starts the loads that all that follows waits for.
   __device__ __forceinline__ void fetch(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
                                         int lane) {
     const float* decays = row.decays(p, h);
@@ -108,6 +108,7 @@ class Entries {
     fetch_keys(p, row, h, 0, lane);
   }
 
+  /// Of what they bring, what each head's notes are to say.
   template <class NotesOf>
   __device__ __forceinline__ void prepare(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
                                           const Tokens& tokens, const NotesOf& notes_of) {
@@ -375,7 +376,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   ReplayRow row{n, slots.source, {}};
   const auto slot = static_cast<unsigned>(row.slot);
 
-  // What is fetched next, of all heads. States do not wait for the record, corrections do.
+  // What is fetched next, of all heads. The first states do not wait for the record, corrections do.
   struct Position {
     unsigned h;
     int first_value;
@@ -461,14 +462,12 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   const bool folds = P + count > window.capacity;
   const int o_token = Tokens::query_of(g);
   const bool has_o = token_tile == 1 || (o_token >= 0 && o_token < count);
-  const int v_token = Tokens::value_of(g);
-  const bool has_v = v_token >= 0 && v_token < count;
   int stage = 0, left_of_team = 0;
   Pair columns[blocks][Rows::steps][2];
 #pragma unroll 1
   for (unsigned h = first_head; h < end_head; ++h) {
     std::uint16_t* o = static_cast<std::uint16_t*>(p.o.data);
-    if (has_o) o += offset_of(p.o, n, static_cast<unsigned>(token_tile == 1 ? 0 : o_token), h);
+    if (has_o) o += offset_of(p.o, n, static_cast<unsigned>(o_token), h);
     if (!good) {
       if (has_o)
         for (int value = span_begin + 2 * c + 8 * (token_tile == 1 ? g : 0); value < span_end;
@@ -511,7 +510,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
       o += 2 * c;
       new_corrections += 2 * c;
     }
-    const std::uint16_t* const values = notes.values(groups) + (token_tile == 1 ? g : v_token * p.value_dim + 2 * c);
+    const std::uint16_t* const values = notes.values(groups) + (token_tile == 1 ? g : g * p.value_dim + 2 * c);
 
 #pragma unroll 1
     for (int first_value = span_begin; first_value < span_end; first_value += Rows::rows) {
@@ -574,7 +573,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           Pair word = 0;
-          if (has_v) word = *reinterpret_cast<const Pair*>(values + first_value + 8 * half);
+          if (g < count) word = *reinterpret_cast<const Pair*>(values + first_value + 8 * half);
           float v[2];
           widen(transposed(word), v[0], v[1], __nv_bfloat16{});
 #pragma unroll

@@ -21,8 +21,7 @@ class ValuePairs {
   __device__ void fetch(char* memory, int first_value, int span_end) const {
     if (!has_v()) return;
     const auto* const v = static_cast<const std::uint16_t*>(p_.v.data) +
-                          offset_of(p_.v, n_, static_cast<unsigned>(Tokens::value_of(g_)), head_of(h_, p_.v_group)) +
-                          first_value + 2 * c_;
+                          offset_of(p_.v, n_, static_cast<unsigned>(g_), head_of(h_, p_.v_group)) + first_value + 2 * c_;
 #pragma unroll
     for (int m = 0; m < Unit::tiles; ++m)
 #pragma unroll
@@ -51,10 +50,7 @@ class ValuePairs {
 
  private:
   __device__ int count() const { return static_cast<int>(p_.tokens); }
-  __device__ bool has_v() const {
-    const int token = Tokens::value_of(g_);
-    return token >= 0 && token < count();
-  }
+  __device__ bool has_v() const { return g_ < count(); }
   __device__ Pair* word(char* memory, int m, int half) const {
     return reinterpret_cast<Pair*>(memory) + (m * halves + half) * 32 + lane_;
   }
