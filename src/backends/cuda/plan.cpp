@@ -107,18 +107,21 @@ std::optional<Shape> parse_shape(const char* text) {
 }
 
 Choices choices(const Plan& plan, DType state, Stores stores) {
+  const auto by_state = [&](const auto& of_16_bit, const auto& of_32_bit) {
+    return state == DType::f32 ? all(of_32_bit) : all(of_16_bit);
+  };
   if (plan.kernel == Kernel::verify) return all(verify_rows);
   if (plan.kernel == Kernel::replay)
-    return plan.token_tile == 1 ? all(replay_one_token) : state == DType::f32 ? all(replay_32_bit) : all(replay_16_bit);
+    return plan.token_tile == 1 ? all(replay_one_token) : by_state(replay_16_bit, replay_32_bit);
   if (plan.kernel == Kernel::serving) {
     if (plan.value_last) return all(serving_value_last);
-    if (plan.token_tile == 16) return state == DType::f32 ? all(wide_32_bit) : all(wide_16_bit);
-    if (stores == Stores::none) return state == DType::f32 ? all(serving_read_32_bit) : all(serving_read_16_bit);
-    if (state == DType::f32) return stores == Stores::each ? all(serving_each_32_bit) : all(serving_update_32_bit);
-    return stores == Stores::each ? all(serving_each_16_bit) : all(serving_update_16_bit);
+    if (plan.token_tile == 16) return by_state(wide_16_bit, wide_32_bit);
+    if (stores == Stores::none) return by_state(serving_read_16_bit, serving_read_32_bit);
+    if (stores == Stores::each) return by_state(serving_each_16_bit, serving_each_32_bit);
+    return by_state(serving_update_16_bit, serving_update_32_bit);
   }
-  if (plan.value_last) return state == DType::f32 ? all(decode_value_last_32_bit) : all(decode_value_last_16_bit);
-  return state == DType::f32 ? all(decode_32_bit) : all(decode_16_bit);
+  return plan.value_last ? by_state(decode_value_last_16_bit, decode_value_last_32_bit)
+                         : by_state(decode_16_bit, decode_32_bit);
 }
 
 namespace {
