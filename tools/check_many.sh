@@ -10,11 +10,11 @@ if [ $# -lt 2 ]; then
 fi
 export CHECKKERNEL=$1 BACKEND=$2 PART=100 LOGS
 cases=${3:-20000} seed=${4:-1}
-families=(step verify prefill varlen slots layouts dtypes any serving window)
 if ! "$CHECKKERNEL" --backend "$BACKEND" --cases 1 --test step >/dev/null; then
   echo "the $BACKEND backend does not run here"
   exit 77
 fi
+mapfile -t families < <("$CHECKKERNEL" --list --cases 1 2>/dev/null | sed -n 's#^\([a-z]*\)/0.*#\1#p')
 LOGS=$(mktemp -d)
 trap 'rm -rf "$LOGS"' EXIT
 
