@@ -26,7 +26,7 @@ Result check(const Form& form, Kernel kernel, int token_tile) {
   Result result = Scene(form).run(kernel, token_tile);
   CHECK(result.fault == "");
   if (!result.fault.empty()) return result;
-  CHECK(result.output.relative() <= bf16_limit);
+  CHECK(result.output.relative() <= limit_of(form.inputs));
   CHECK(result.outputs_of_padding == 0);
   CHECK(result.untouched == 0);
   if (form.update && (form.capacity == 0 || result.folded > 0)) CHECK(result.state.relative() <= limit_of(form.state));
@@ -151,5 +151,13 @@ TEST_CASE("verify") {
       // A key dimension that is not for the serving form, or too many tokens.
       check({state, T, 256, 64, shape(0, 1, 32), 1, 2, true}, Kernel::verify, 8);
       if (T > 16) check({state, T, 128, 64, shape(0, 1, 16), 1, 2, true, true, true}, Kernel::verify, 16);
+      // Inputs of more than one part, normalised or not, in one turn and in several.
+      for (const DType inputs : {DType::f16, DType::f32})
+        for (const std::int64_t K : {128, 256})
+          for (const bool usual : {true, false}) {
+            Form form{state, T, K, 64, shape(0, 1, 32), 1, 2, usual};
+            form.inputs = inputs;
+            check(form, Kernel::verify, T <= 8 || K == 256 ? 8 : 16);
+          }
     }
 }

@@ -38,6 +38,7 @@ std::string Form::text() const {
                     std::to_string(value_dim) + " heads " + std::to_string(k_heads) + "/" + std::to_string(heads) + " shape " +
                     std::to_string(shape.heads) + ":" + std::to_string(shape.warps) + ":" + std::to_string(shape.span);
   if (capacity > 0) out += " W " + std::to_string(capacity) + " P " + std::to_string(entries);
+  if (inputs != DType::bf16) out += std::string(" inputs ") + std::string(name_of(inputs));
   return out + (usual ? "" : " unusual") + (value_last ? " V-last" : "") + (snapshots ? " snapshots" : "") +
          (update ? "" : " read-only");
 }
@@ -70,7 +71,8 @@ Scene::Scene(const Form& form) : form_(form) {
   const auto normal = [&] { return std::normal_distribution<double>()(random_); };
   config_ = {.q_heads = HK, .k_heads = HK, .v_heads = H, .key_dim = K, .value_dim = V};
   DTypes& d = config_.dtypes;
-  d.q = d.k = d.v = d.o = d.gate = d.beta = DType::bf16;
+  d.q = d.k = d.v = d.o = form.inputs;
+  d.gate = d.beta = DType::bf16;
   d.state = d.snapshots = form.state;
 
   const double key_size = form.usual ? 1 : 1 / std::sqrt(static_cast<double>(K));

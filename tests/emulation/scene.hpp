@@ -24,6 +24,7 @@ struct Form {
   bool value_last = false, snapshots = false, update = true;
   /// With a window: W, and the entries of the first row; the second one has 3 less, but at least none.
   std::int64_t capacity = 0, entries = 0;
+  DType inputs = DType::bf16;  ///< of q, k, v and o
 
   std::string text() const;
 };

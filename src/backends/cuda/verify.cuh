@@ -195,8 +195,9 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
       }
       const int state_parts = done == 0 ? state_parts_of<State> : 3;
 
-      // S k and S q, each in two sums, since a product waits for the one before it in its sum.
-      float products[2][groups][halves][4] = {};
+      // S k and S q, each in two sums, since a product waits for the one before it in its sum. Tensor cores round sums toward
+      // zero: the products of lower parts, of which there are more, have a sum of their own, where that is nothing.
+      float products[3][groups][halves][4] = {};
 #pragma unroll
       for (int i = 0; i < runs; ++i) {
         Pair state[3][halves][width / 2];
@@ -205,8 +206,7 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
 #pragma unroll
           for (int j = 0; j < width / 2; ++j)
             split_in_three(s[half][i][2 * j], s[half][i][2 * j + 1], [&](int part) -> Pair& { return state[part][half][j]; });
-#pragma unroll 1
-        for (int b = 0; b < tokens.parts(); ++b)
+        const auto add_products = [&](int b, bool upper) {
 #pragma unroll
           for (int group = 0; group < groups; ++group)
 #pragma unroll
@@ -217,10 +217,14 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
                 if (part >= state_parts || part + b >= 3) continue;
 #pragma unroll
                 for (int half = 0; half < halves; ++half)
-                  multiply_add(products[(i * width / 4 + j / 2) % 2][group][half], a.key0, a.query0, a.key1, a.query1,
-                               state[part][half][j], state[part][half][j + 1]);
+                  multiply_add(products[upper && part == 0 ? (i * width / 4 + j / 2) % 2 : 2][group][half], a.key0, a.query0,
+                               a.key1, a.query1, state[part][half][j], state[part][half][j + 1]);
               }
             }
+        };
+        add_products(0, true);
+#pragma unroll 1
+        for (int b = 1; b < tokens.parts(); ++b) add_products(b, false);
       }
       if (done == 0) {
         fetch_state(stage, first_value + verify_stages * Tile::warp_rows);
@@ -236,10 +240,11 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
         for (int half = 0; half < halves; ++half)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const auto& d = products;
-            u[group][half][e] =
-                factors.key * (d[0][group][half][e] + d[1][group][half][e]) + factors.v * v[group][half].value(v_dtype, e);
-            o[group][half][e] = factors.query * (d[0][group][half][2 + e] + d[1][group][half][2 + e]);
+            const auto sum_of = [&](int column) {
+              return products[0][group][half][column] + products[1][group][half][column] + products[2][group][half][column];
+            };
+            u[group][half][e] = factors.key * sum_of(e) + factors.v * v[group][half].value(v_dtype, e);
+            o[group][half][e] = factors.query * sum_of(2 + e);
           }
       }
       if (single_turn && first_value + Tile::warp_rows < span_end) {

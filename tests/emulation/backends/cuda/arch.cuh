@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -23,7 +24,11 @@ inline void unpack(Pair pair, double* out) {
   out[0] = __uint_as_float(pair << 16);
   out[1] = __uint_as_float(pair & 0xffff0000u);
 }
-/// Sums are in float64: how a device rounds on the way is its own business.
+inline float toward_zero(double x) {
+  const auto nearest = static_cast<float>(x);
+  return std::fabs(nearest) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+/// A product is summed up in float64, how a device does it is its own business, and then rounded toward zero, as devices do.
 template <int a_words, int b_words>
 void multiply_add(float (&d)[4], const Factors<a_words, b_words>& mine) {
   static_assert(a_words == 2 * b_words);
@@ -42,7 +47,7 @@ void multiply_add(float (&d)[4], const Factors<a_words, b_words>& mine) {
   for (int e = 0; e < 4; ++e) {
     double sum = d[e];
     for (int k = 0; k < 8 * b_words; ++k) sum += rows[e / 2][k] * columns[e % 2][k];
-    d[e] = static_cast<float>(sum);
+    d[e] = toward_zero(sum);
   }
 }
 inline void multiply_add(float (&d)[4], Pair a0, Pair a1, Pair a2, Pair a3, Pair b0, Pair b1) {
