@@ -293,7 +293,7 @@ class TokenColumns {
   float prefix_;               ///< exp(G_t) for row t
 };
 
-/// For one token of a replay window: its key in columns 0, 2 and 3, its query in column 1.
+/// For one token of a replay window: its key in column 0, its query in column 1.
 template <int key_dim, int width>
 class TokenColumns<key_dim, 1, width> {
  public:
@@ -306,7 +306,7 @@ class TokenColumns<key_dim, 1, width> {
   __device__ const Pair (&run(int block, int i) const)[width / 2] { return words_[block][i]; }
 
   __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int, int g, int c) {
-    fetch_column<width>(words_[0], p, g == 1, g < 4, n, 0u, h, c);
+    fetch_column<width>(words_[0], p, g == 1, g < 2, n, 0u, h, c);
   }
   template <bool common>
   __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int, int) {

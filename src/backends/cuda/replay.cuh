@@ -349,6 +349,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   const bool has_tokens = with_tokens >= 0 && with_tokens < heads, has_entries = with_entries < heads;
   const unsigned tokens_head = first_head + static_cast<unsigned>(with_tokens);
   const unsigned entries_head = first_head + static_cast<unsigned>(with_entries);
+  const int own_tokens = min(token_heads, heads - with_tokens), own_entries = min(team, heads - with_entries);
 
   Tokens tokens(nullptr);
   if (has_tokens) {
@@ -357,7 +358,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     tokens.template fetch_gates<common>(p, n, own, count, g);
     const int vectors = p.value_dim / 8;
 #pragma unroll 1
-    for (unsigned h = tokens_head; h < min(tokens_head + static_cast<unsigned>(token_heads), end_head); ++h) {
+    for (unsigned h = tokens_head; h < tokens_head + static_cast<unsigned>(own_tokens); ++h) {
       const auto* const v = static_cast<const std::uint16_t*>(p.v.data) + offset_of(p.v, n, 0u, head_of(h, p.v_group));
       auto* const to = reinterpret_cast<uint4*>(notes_of(h).values(groups));
       int t = 0, vector = lane;  // of this token
@@ -398,8 +399,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
                  span_begin * key_dim + Rows::lane_offset(lane);
     if (next.h < end_head) Rows(memory, lane).template fetch<streams>(next.state);
     if (has_tokens)
-      prepare_tokens<token_tile, common>(p, tokens_head, min(token_heads, heads - with_tokens),
-                                         is_first(static_cast<unsigned>(with_tokens), p.team), tokens, notes_of);
+      prepare_tokens<token_tile, common>(p, tokens_head, own_tokens, is_first(static_cast<unsigned>(with_tokens), p.team),
+                                         tokens, notes_of);
     good = row.record.is_in_range(p, n, lane, warp == 0);
   }
   const int P = good ? row.record.length : 0, used = (P + group_entries - 1) / group_entries;
@@ -428,7 +429,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   if (good) {
     // Ahead of most states, behind which this would have to wait.
     if (has_entries) {
-      entries.fetch(p, row, entries_head, min(team, heads - with_entries), lane);
+      entries.fetch(p, row, entries_head, own_entries, lane);
       if (!has_tokens) tokens.fetch(p, n, entries_head, count, g, c);
     }
     // Corrections of entries that there are not are zero, and stay so.
@@ -443,7 +444,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     if (next.h < end_head) fetch_corrections(1, next);
     good = row.record.is_permutation(p, n, lane, warp == 0);
     if (good && has_tokens && blockIdx.x == 0)
-      store_entry<token_tile>(p, row, tokens_head, min(token_heads, heads - with_tokens), tokens,
+      store_entry<token_tile>(p, row, tokens_head, own_tokens, tokens,
                               row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring), lane);
     if (next.h < end_head) {
       Rows(memory + stage_bytes, lane).template fetch<streams>(next.state);
@@ -454,7 +455,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   const int new_place = row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring);
   if (good && has_entries) {
     if (has_tokens && tokens_head != entries_head) tokens.fetch(p, n, entries_head, count, g, c);
-    entries.prepare(p, row, entries_head, min(team, heads - with_entries), tokens, notes_of);
+    entries.prepare(p, row, entries_head, own_entries, tokens, notes_of);
   }
   __pipeline_wait_prior(stages);  // v
   __syncthreads();
@@ -607,6 +608,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
       stage = stage + 1 == stages ? 0 : stage + 1;
     }
   }
+  // A row with a fault has its first states under way, which nothing has waited for.
+  __pipeline_commit();
   __pipeline_wait_prior(0);
 }
 
