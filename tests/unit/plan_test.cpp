@@ -101,12 +101,14 @@ TEST_CASE("the tables of launches are complete and ascend") {
             const Choices rows = choices(plan, state, stores);
             REQUIRE(rows.begin < rows.end);
             for (const Choice* row = rows.begin; row < rows.end; ++row) {
-              CHECK(row->shape.warps >= 1);
-              CHECK(row->shape.warps <= (kernel == Kernel::verify ? 1 : 4));
-              CHECK(row->shape.span >= 1);
-              if (kernel == Kernel::decode) {
-                const int size = row->shape.rows_a_lane;
-                CHECK((size == 2 || size == 4 || size == 8));
+              const int size = row->shape.rows_a_lane;
+              if (kernel == Kernel::decode && value_last) {
+                CHECK((size == 2 || size == 4 || size == 8 || size == 16 || (size == 32 && state == DType::f32)));
+              } else {
+                CHECK(row->shape.warps >= 1);
+                CHECK(row->shape.warps <= (kernel == Kernel::verify ? 1 : 4));
+                CHECK(row->shape.span >= 1);
+                if (kernel == Kernel::decode) CHECK((size == 2 || size == 4 || size == 8));
               }
               if (row != rows.begin) CHECK(row->states > row[-1].states);
             }
@@ -162,17 +164,19 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
   CHECK(plan_of({.tokens = 4, .snapshots = true}).kernel == Kernel::serving);
 }
 
-TEST_CASE("a warp of a V-last decode has whole lines of the state where V and K allow it") {
+TEST_CASE("a block of a V-last decode has whole rows of the state where V and K allow it") {
   const auto lanes = [](std::int64_t K, std::int64_t V, DType state, DType activations = DType::bf16) {
     return plan_of({.rows = 512, .key_dim = K, .value_dim = V, .state = state, .activations = activations, .value_last = true})
         .shape.value_lanes;
   };
-  CHECK(lanes(128, 128, DType::bf16) == 8);
-  CHECK(lanes(128, 128, DType::f32) == 8);
+  CHECK(lanes(128, 128, DType::bf16) == 16);
+  CHECK(lanes(128, 128, DType::f32) == 32);
+  CHECK(lanes(64, 256, DType::f32) == 32);
+  CHECK(lanes(128, 64, DType::f32) == 16);
   CHECK(lanes(128, 96, DType::f32) == 8);
   CHECK(lanes(128, 96, DType::bf16) == 4);
-  CHECK(lanes(256, 128, DType::f32) == 4);
-  CHECK(lanes(128, 128, DType::bf16, DType::f16) == 2);
+  CHECK(lanes(256, 128, DType::f32) == 16);
+  CHECK(lanes(128, 128, DType::bf16, DType::f16) == 8);
 }
 
 TEST_CASE("a shape for measuring is three numbers") {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode kernels of one state dtype: compiled once for each GATEDELTA_STATE.
 #include "backends/cuda/decode.cuh"
+#include "backends/cuda/decode_value_last.cuh"
 #include "backends/cuda/plan.hpp"
 #include "backends/cuda/state_dtype.cuh"
 
@@ -9,22 +10,35 @@ namespace {
 
 template <int key_dim, bool value_last, int size, bool common>
 FastKernel describe() {
-  using Tile = DecodeTile<State, key_dim, value_last, size>;
-  void (*const kernel)(FastParams) = decode_kernel<State, key_dim, value_last, size, common>;
-  return {reinterpret_cast<const void*>(kernel), Tile::warp_rows, DecodeRing<Tile>::bytes, 0};
+  if constexpr (value_last) {
+    using Tile = ValueLastTile<State, key_dim, size>;
+    void (*const kernel)(FastParams) = decode_value_last_kernel<State, key_dim, size, common>;
+    return {.function = reinterpret_cast<const void*>(kernel),
+            .warp_rows = Tile::values / Tile::warps,
+            .bytes = Tile::warp_bytes,
+            .block_bytes = Tile::block_bytes,
+            .warps = Tile::warps};
+  } else {
+    using Tile = DecodeTile<State, key_dim, size>;
+    void (*const kernel)(FastParams) = decode_kernel<State, key_dim, size, common>;
+    return {.function = reinterpret_cast<const void*>(kernel), .warp_rows = Tile::warp_rows, .bytes = DecodeRing<Tile>::bytes};
+  }
 }
 
 template <int key_dim, bool value_last, bool common>
 FastKernel find(const Plan& plan) {
-  constexpr bool all_sizes = common || !value_last;
   switch (plan.shape.rows_a_lane) {
     case 2:
       return describe<key_dim, value_last, 2, common>();
     case 4:
-      if constexpr (all_sizes) return describe<key_dim, value_last, 4, common>();
-      break;
+      return describe<key_dim, value_last, 4, common>();
     case 8:
-      if constexpr (all_sizes && (!value_last || key_dim < 256)) return describe<key_dim, value_last, 8, common>();
+      return describe<key_dim, value_last, 8, common>();
+    case 16:
+      if constexpr (value_last && common) return describe<key_dim, true, 16, true>();
+      break;
+    case 32:
+      if constexpr (value_last && common && key_dim < 256 && sizeof(State) == 4) return describe<key_dim, true, 32, true>();
   }
   return {};
 }

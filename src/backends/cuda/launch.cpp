@@ -68,11 +68,12 @@ cudaError_t launch_fast(const FastKernel& kernel, const Shape& shape, std::size_
                         std::int64_t rows, cudaStream_t stream, int block_heads = 1) {
   Launch what;
   what.function = kernel.function;
-  what.threads = 32 * static_cast<unsigned>(shape.warps);
-  what.shared_bytes = block_bytes + static_cast<std::size_t>(shape.warps) * warp_bytes;
-  const int tiles = std::max((shape.span + kernel.warp_rows - 1) / kernel.warp_rows, 1);
-  p.span = static_cast<std::uint16_t>(tiles * kernel.warp_rows), p.warps = static_cast<std::uint16_t>(shape.warps);
-  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * shape.warps;
+  const int warps = kernel.warps > 0 ? kernel.warps : shape.warps;
+  what.threads = 32 * static_cast<unsigned>(warps);
+  what.shared_bytes = block_bytes + static_cast<std::size_t>(warps) * warp_bytes;
+  const int tiles = kernel.warps > 0 ? 1 : std::max((shape.span + kernel.warp_rows - 1) / kernel.warp_rows, 1);
+  p.span = static_cast<std::uint16_t>(tiles * kernel.warp_rows), p.warps = static_cast<std::uint16_t>(warps);
+  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * warps;
   what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows),
                    static_cast<unsigned>((p.heads + block_heads - 1) / block_heads));
   for (std::int64_t first = 0; first < rows; first += max_grid_yz) {

@@ -21,8 +21,8 @@ struct Shape {
     int value_lanes;      ///< decode, V-last: lanes along V, the others of a warp are along K
     int heads;            ///< replay: of a block, one after the other, no more than warps
   };
-  int warps = 0;  ///< of a block (verify: one)
-  int span = 0;   ///< value rows of a warp, rounded up to what it has at a time
+  int warps = 0;  ///< of a block (verify: one; decode, V-last: follows from the lanes)
+  int span = 0;   ///< value rows of a warp, rounded up to what it has at a time (decode, V-last: that)
   /// decode, serving: stored states do not leave the L2 cache before others.
   bool stores_stay = false;
 };
@@ -79,6 +79,7 @@ struct FastKernel {
   std::size_t group_bytes = 0;  ///< of a warp, for each group of entries of a window
   // Replay, for each head of a block: in any case, for each 16 entries, for each value row; and for heads that share a key.
   std::size_t head_bytes = 0, head_group_bytes = 0, head_value_bytes = 0, team_bytes = 0, team_group_bytes = 0;
+  int warps = 0;  ///< of a block, where the kernel wants as many and has its rows at once
 };
 // The device code, by state dtype.
 template <DType state>

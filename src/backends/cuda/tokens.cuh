@@ -179,21 +179,21 @@ class TokenTile {
     const int g = lane / 4, c = lane % 4;
     // Several sums, since each product waits for the one before it in its sum; and one for the products of lower parts (see
     // verify_kernel).
-    float sums[4][4] = {}, lower[4] = {};
-    const auto add_products = [&](int a, int b, auto sum_of) {
+    float sums[4][4] = {}, lower[1][4] = {};
+    const auto add_products = [&]<int count>(int a, int b, float(&to)[count][4]) {
 #pragma unroll
       for (int i = 0; i < key_dim / 16; ++i) {
         const KeyQuery row = vector(a, 8 * row_group + g, 4 * c + 16 * i);
         const KeyQuery column = vector(b, 8 * column_group + g, 4 * c + 16 * i);
-        multiply_add(sum_of(i), row.key0, row.query0, row.key1, row.query1, column.key0, column.key1);
+        multiply_add(to[i % count], row.key0, row.query0, row.key1, row.query1, column.key0, column.key1);
       }
     };
-    add_products(0, 0, [&](int i) -> float(&)[4] { return sums[i % 4]; });
+    add_products(0, 0, sums);
     for (int a = 0; a < parts(); ++a)
-      for (int b = a == 0 ? 1 : 0; b < parts() && a + b < 3; ++b) add_products(a, b, [&](int) -> float(&)[4] { return lower; });
+      for (int b = a == 0 ? 1 : 0; b < parts() && a + b < 3; ++b) add_products(a, b, lower);
     float d[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) d[e] = (sums[0][e] + sums[1][e]) + (sums[2][e] + sums[3][e]) + lower[e];
+    for (int e = 0; e < 4; ++e) d[e] = (sums[0][e] + sums[1][e]) + (sums[2][e] + sums[3][e]) + lower[0][e];
     const int t = 8 * row_group + g;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
