@@ -8,49 +8,54 @@
 namespace gatedelta::cuda {
 namespace {
 
-template <int key_dim, bool value_last, int size, bool common>
+template <int key_dim, int rows, bool common>
 FastKernel describe() {
-  if constexpr (value_last) {
-    using Tile = ValueLastTile<State, key_dim, size>;
-    void (*const kernel)(FastParams) = decode_value_last_kernel<State, key_dim, size, common>;
-    return {.function = reinterpret_cast<const void*>(kernel),
-            .warp_rows = Tile::values / Tile::warps,
-            .bytes = Tile::warp_bytes,
-            .block_bytes = Tile::block_bytes,
-            .warps = Tile::warps};
-  } else {
-    using Tile = DecodeTile<State, key_dim, size>;
-    void (*const kernel)(FastParams) = decode_kernel<State, key_dim, size, common>;
-    return {.function = reinterpret_cast<const void*>(kernel), .warp_rows = Tile::warp_rows, .bytes = DecodeRing<Tile>::bytes};
-  }
+  using Tile = DecodeTile<State, key_dim, rows>;
+  void (*const kernel)(FastParams) = decode_kernel<State, key_dim, rows, common>;
+  return {.function = reinterpret_cast<const void*>(kernel), .warp_rows = Tile::warp_rows, .bytes = DecodeRing<Tile>::bytes};
 }
 
-template <int key_dim, bool value_last, bool common>
+template <int key_dim, int lanes, bool common>
+FastKernel describe_value_last() {
+  using Tile = ValueLastTile<State, key_dim, lanes>;
+  void (*const kernel)(FastParams) = decode_value_last_kernel<State, key_dim, lanes, common>;
+  return {.function = reinterpret_cast<const void*>(kernel),
+          .warp_rows = Tile::values / Tile::warps,
+          .bytes = Tile::warp_bytes,
+          .block_bytes = Tile::block_bytes,
+          .warps = Tile::warps};
+}
+
+template <int key_dim, bool common>
 FastKernel find(const Plan& plan) {
   switch (plan.shape.rows_a_lane) {
     case 2:
-      return describe<key_dim, value_last, 2, common>();
+      return describe<key_dim, 2, common>();
     case 4:
-      return describe<key_dim, value_last, 4, common>();
+      return describe<key_dim, 4, common>();
     case 8:
-      return describe<key_dim, value_last, 8, common>();
-    case 16:
-      if constexpr (value_last && common) return describe<key_dim, true, 16, true>();
-      break;
-    case 32:
-      if constexpr (value_last && common && key_dim < 256 && sizeof(State) == 4) return describe<key_dim, true, 32, true>();
+      return describe<key_dim, 8, common>();
   }
   return {};
 }
 
-template <int key_dim, bool value_last>
-FastKernel find(const Plan& plan) {
-  return plan.common ? find<key_dim, value_last, true>(plan) : find<key_dim, value_last, false>(plan);
+template <int key_dim, bool common>
+FastKernel find_value_last(const Plan& plan) {
+  switch (plan.shape.value_lanes) {
+    case 4:
+      return describe_value_last<key_dim, 4, common>();
+    case 8:
+      return describe_value_last<key_dim, 8, common>();
+    case 16:
+      if constexpr (common) return describe_value_last<key_dim, 16, true>();
+  }
+  return {};
 }
 
 template <int key_dim>
 FastKernel find(const Plan& plan) {
-  return plan.value_last ? find<key_dim, true>(plan) : find<key_dim, false>(plan);
+  if (plan.value_last) return plan.common ? find_value_last<key_dim, true>(plan) : find_value_last<key_dim, false>(plan);
+  return plan.common ? find<key_dim, true>(plan) : find<key_dim, false>(plan);
 }
 
 }  // namespace

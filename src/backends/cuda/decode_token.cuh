@@ -73,8 +73,8 @@ struct DecodeFactors {
     decay = expf(gates.log_decay<float, common>(p)), beta = gates.beta<float, common>(p);
   }
   /// Of the key with itself, the query with itself, and of both.
-  template <bool common>
-  __device__ __forceinline__ void set_products(const FastParams& p, const float (&products)[3]) {
+  template <bool common, int count>
+  __device__ __forceinline__ void set_products(const FastParams& p, const float (&products)[count]) {
     const bool l2norm = common || p.l2norm;
     key_factor = l2norm ? 1.0f / sqrtf(products[0] + p.l2_eps) : 1.0f;
     query_factor = (l2norm ? 1.0f / sqrtf(products[1] + p.l2_eps) : 1.0f) * p.scale;

@@ -16,18 +16,17 @@ namespace gatedelta::cuda {
 /// lanes.
 template <class State, int key_dim, int lanes>
 struct ValueLastTile {
-  static constexpr int width = lanes_of<State>, warps = lanes < 8 ? lanes / 2 : 4, values = lanes * width;
+  static constexpr int width = lanes_of<State>, warps = lanes < 8 ? 2 : 4, values = lanes * width;
   static constexpr int key_lanes = 32 / lanes;  ///< of a warp
   static constexpr int all_runs = 16, run = key_dim / all_runs, runs = all_runs / (key_lanes * warps), keys = runs * run;
-  static_assert(runs >= 1);
+  static_assert(lanes >= 4 && lanes <= 16);
 
   /// The first key of run i.
   __device__ static constexpr unsigned key_of(unsigned warp, unsigned key_lane, int i) {
     return ((i * key_lanes + key_lane) * warps + warp) * run;
   }
   using StateRing = Ring<keys, 4, 1>;
-  /// What the warps add up: S k and S q of each value row, and products of key and query.
-  static constexpr int sums = 2 * values + 4;
+  static constexpr int sums = 2 * values + 4;  ///< of a warp: S k and S q of each value row, and products of key and query
   static constexpr std::size_t warp_bytes = StateRing::bytes + sums * sizeof(float), block_bytes = values * sizeof(float);
 };
 
@@ -45,13 +44,29 @@ __device__ __forceinline__ void sum_of_parts(float (&x)[Size], int first, int st
   }
 }
 
+/// From shared memory, 16 bytes at a time.
+template <int count>
+__device__ __forceinline__ void load_vectors(float (&out)[count], const float* from) {
+  if constexpr (count % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + i);
+      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) out[i] = from[i];
+  }
+}
+
 /// Blocks that are to fit on a multiprocessor, as shared memory allows and, by an estimate, registers.
 template <class Tile, bool common>
 constexpr int value_last_blocks() {
   constexpr int memory = 227 * 1024 / (Tile::warps * static_cast<int>(Tile::warp_bytes) + Tile::block_bytes + 1024);
   constexpr int sums = (Tile::runs > 2 ? 3 : Tile::runs) * 2 * Tile::width;
+  constexpr int estimate = (common ? 1 : 6) * Tile::keys + sums + 30, of_thread = estimate < 72 ? 72 : estimate;
   // Each quarter of a multiprocessor has registers of its own.
-  constexpr int registers = 16384 / (32 * ((common ? 1 : 6) * Tile::keys + sums + 44)) * 4 / Tile::warps;
+  constexpr int registers = 16384 / (32 * of_thread) * 4 / Tile::warps;
   constexpr int blocks = memory < registers ? memory : registers;
   return blocks < 1 ? 1 : blocks > 16 ? 16 : blocks;
 }
@@ -72,8 +87,9 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
 
   extern __shared__ uint4 shared[];
   typename Tile::StateRing ring(reinterpret_cast<char*>(shared) + warp * Tile::StateRing::bytes, lane);
-  float* const corrections = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) + warps * Tile::StateRing::bytes);
-  float* const all_sums = corrections + values;
+  // What follows the states: v, and of each warp its sums.
+  float* const v = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) + warps * Tile::StateRing::bytes);
+  float* const all_sums = v + values;
   // From a head to the lane's first vector, and from there to that of its key i.
   const auto lane_offset = [&](std::int64_t stride) {
     return Tile::key_of(warp, key_lane, 0) * stride + first_value + value_lane * width;
@@ -132,12 +148,32 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
   for (int distance = first; distance >= lanes; distance /= 2)
 #pragma unroll
     for (float& sum : products) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-  DecodeFactors factors;
-  factors.set_gates<common>(p, inputs.gates);
   float* const own_sums = all_sums + warp * Tile::sums;
   if (lane == 0) *reinterpret_cast<float4*>(own_sums + 2 * values) = make_float4(products[0], products[1], products[2], 0);
+  if (has_value) v[thread] = raw_v.value(dtype_of<common>(p.v));
+  __syncthreads();
+  // Neighbouring numbers that each warp has, for all of them.
+  const auto add_up = [&](auto& out, unsigned at) {
+    constexpr int count = sizeof(out) / sizeof(float);
+    float x[warps][count];
+#pragma unroll
+    for (int i = 0; i < warps; ++i) load_vectors(x[i], all_sums + i * Tile::sums + at);
+#pragma unroll
+    for (int distance = warps / 2; distance > 0; distance /= 2)
+#pragma unroll
+      for (int i = 0; i < distance; ++i)
+#pragma unroll
+        for (int e = 0; e < count; ++e) x[i][e] += x[i + distance][e];
+#pragma unroll
+    for (int e = 0; e < count; ++e) out[e] = x[0][e];
+  };
+  float all_products[4];
+  add_up(all_products, 2 * values);
+  DecodeFactors factors;
+  factors.set_products<common>(p, all_products);
+  factors.set_gates<common>(p, inputs.gates);
 
-  // S k and S q of the lane's value rows, next to each other.
+  // S k of the lane's value rows, and behind them S q.
   float sums[2 * width] = {};
   ring.wait();
   const auto vector = [&](int i, float(&out)[width]) {
@@ -152,45 +188,32 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
       vector(i, s);
 #pragma unroll
       for (int e = 0; e < width; ++e) {
-        out[2 * e] += s[e] * key(i);
-        out[2 * e + 1] += s[e] * query(i);
+        out[e] += s[e] * key(i);
+        out[width + e] += s[e] * query(i);
       }
     }
   });
-  if constexpr (Tile::key_lanes > 1) spread_sums<first, lanes, 2 * width>(sums, lane);
-  constexpr int own = 2 * width > Tile::key_lanes ? 2 * width / Tile::key_lanes : 1;
-  float* const to_sums = own_sums + value_lane * (2 * width) + key_lane * (2 * width) / Tile::key_lanes;
+  spread_sums<first, lanes, 2 * width>(sums, lane);
+  constexpr int own = 2 * width / Tile::key_lanes;  // numbers that the lane is left with
+  const unsigned number = key_lane * own;
+  float* const to_sums = own_sums + number / width * values + value_lane * width + number % width;
 #pragma unroll
   for (int i = 0; i < own; ++i) to_sums[i] = sums[i];
   __syncthreads();
 
-  // A number that each warp has one of, for all of them.
-  const auto add_up = [&](unsigned at) {
-    float x[warps];
-#pragma unroll
-    for (int i = 0; i < warps; ++i) x[i] = all_sums[i * Tile::sums + at];
-#pragma unroll
-    for (int distance = warps / 2; distance > 0; distance /= 2)
-#pragma unroll
-      for (int i = 0; i < distance; ++i) x[i] += x[i + distance];
-    return x[0];
-  };
   if (has_value) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) products[i] = add_up(2 * values + i);
-    factors.set_products<common>(p, products);
-    const float u = factors.correction(raw_v.value(dtype_of<common>(p.v)), add_up(2 * thread));
-    corrections[thread] = u;
-    const float out = factors.output(u, add_up(2 * thread + 1));
+    float recalled[1], read_out[1];
+    add_up(recalled, thread), add_up(read_out, values + thread);
+    const float out = factors.output(factors.correction(v[thread], recalled[0]), read_out[0]);
     store_at(p.o, dtype_of<common>(p.o), offset_of(p.o, n, 0u, h) + product(first_value + thread, common ? 1 : p.o.strides[3]),
              slots.source >= 0 ? out : 0.0f);
   }
   if (slots.source < 0) return;
-  __syncthreads();
-
-  float u[width];
+  float u[width], values_of_lane[width];
+  add_up(u, value_lane * width);
+  load_vectors(values_of_lane, v + value_lane * width);
 #pragma unroll
-  for (int e = 0; e < width; ++e) u[e] = corrections[value_lane * width + e];
+  for (int e = 0; e < width; ++e) u[e] = factors.correction(values_of_lane[e], u[e]);
   const auto store = [&](std::int64_t stride, auto store_vector) {
 #pragma unroll
     for (int i = 0; i < keys; ++i) {

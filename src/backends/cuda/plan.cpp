@@ -22,8 +22,8 @@ constexpr Choice decode_16_bit[] = {
     {128, {4, 2, 8}}, {256, {4, 4, 16}}, {512, {8, 2, 64, true}}, {1024, {8, 1, 16}}, {no_bound, {4, 4, 32, true}}};
 constexpr Choice decode_32_bit[] = {{32, {4, 2, 4}},   {128, {8, 2, 8}},  {256, {8, 1, 16}},
                                     {512, {8, 1, 32}}, {4096, {4, 2, 4}}, {no_bound, {8, 4, 32, true}}};
-constexpr Choice decode_value_last_16_bit[] = {{32, {2}}, {256, {8}}, {no_bound, {16, 0, 0, true}}};
-constexpr Choice decode_value_last_32_bit[] = {{64, {4}}, {256, {8}}, {no_bound, {32, 0, 0, true}}};
+constexpr Choice decode_value_last_16_bit[] = {{256, {4, 2, 1}}, {512, {16, 4, 1}}, {no_bound, {16, 4, 1, true}}};
+constexpr Choice decode_value_last_32_bit[] = {{128, {4, 2, 1}}, {256, {8, 4, 1}}, {no_bound, {16, 4, 1, true}}};
 constexpr Choice verify_rows[] = {{256, {0, 1, 16}}, {no_bound, {0, 1, 64}}};
 constexpr Choice serving_update_16_bit[] = {
     {32, {0, 1, 16}},   {256, {0, 4, 16}},        {512, {0, 4, 32}},
@@ -87,8 +87,7 @@ bool has_kernel(const Plan& plan, const Shape& shape) {
   if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;
   if (plan.kernel != Kernel::decode) return true;
   const int size = shape.rows_a_lane;
-  if (size != 2 && size != 4 && size != 8) return plan.value_last && (size == 16 || size == 32);
-  return true;
+  return size == 4 || size == 8 || size == (plan.value_last ? 16 : 2);
 }
 
 }  // namespace
@@ -133,12 +132,12 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
     const Choices rows = choices(plan, p.state_dtype, stores);
     plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
   }
-  // V-last, all lanes of a warp have values, and no more of the state than fits into shared memory a few times.
+  // V-last, all lanes of a warp have values.
   if (plan.kernel == Kernel::decode && plan.value_last) {
     const std::int64_t width = 16 / static_cast<std::int64_t>(size_of(p.state_dtype));
     int& lanes = plan.shape.value_lanes;
     if (!plan.common) lanes = std::min(lanes, 8);
-    while (p.value_dim % (lanes * width) != 0 || lanes * p.key_dim > 4096) lanes /= 2;
+    while (p.value_dim % (lanes * width) != 0) lanes /= 2;
   }
 }
 
