@@ -53,6 +53,9 @@ Arguments make_arguments(const Case& item, Device device, const Allocate& alloca
     if (window != nullptr) {
       *window = window_at(layout, layer, record, device);
       out.window = window;
+      if (item.tree) out.parent = tensor(DType::i32, {B, T});
+    } else if (item.tree) {
+      tensor(DType::i32, {B, T});
     }
   }
   return out;
@@ -91,6 +94,12 @@ Config Case::config() const {
 
 std::size_t Case::state_bytes() const {
   return static_cast<std::size_t>(batch * config().heads() * value_dim * key_dim) * size_of(state_dtype);
+}
+
+std::int64_t Case::depth() const {
+  std::int64_t depth = 0;
+  for (std::int64_t token = 0; token < tokens; token = 2 * token + 1) ++depth;
+  return depth;
 }
 
 std::int64_t Case::stores() const { return mode == Mode::update ? 1 : mode == Mode::read_only ? 0 : tokens; }
@@ -209,6 +218,17 @@ void Workload::start_windows(Platform& platform) {
   accepted_memory_ = platform.allocate(accepted.size() * sizeof accepted[0]);
   platform.copy_from_host(accepted_memory_.get(), accepted.data(), accepted.size() * sizeof accepted[0]);
   accepted_ = make_view(accepted_memory_.get(), DType::i32, std::array{item_.batch}, {}, platform.device());
+  if (!item_.tree) return;
+  std::vector<std::int32_t> parents, path;
+  for (std::int64_t n = 0; n < item_.batch; ++n) {
+    for (std::int32_t t = 0; t < item_.tokens; ++t) parents.push_back(t == 0 ? -1 : (t - 1) / 2);
+    for (std::int32_t t = 0; t < item_.tokens; t = 2 * t + 1) path.push_back(t);
+  }
+  const TensorView& parent = instances_.front().parent;
+  platform.copy_from_host(parent.data, parents.data(), parents.size() * sizeof parents[0]);
+  path_memory_ = platform.allocate(path.size() * sizeof path[0]);
+  platform.copy_from_host(path_memory_.get(), path.data(), path.size() * sizeof path[0]);
+  path_ = make_view(path_memory_.get(), DType::i32, std::array{item_.batch, item_.depth()}, {}, platform.device());
 }
 
 AcceptArguments Workload::accept(const Arguments& arguments) const {
@@ -216,6 +236,7 @@ AcceptArguments Workload::accept(const Arguments& arguments) const {
   out.record = arguments.window->record;
   out.slots = arguments.read_slots;
   out.accepted = accepted_;
+  out.path = path_;
   out.tokens = arguments.q.shape[1];
   out.stream = arguments.stream;
   return out;

@@ -40,6 +40,7 @@ struct Case {
   std::int64_t window = 0;  ///< W of a replay window, with Mode::update; 0: none
   DType entries = DType::bf16;
   std::int64_t accepted = 0;  ///< tokens of each step that stay, with a window
+  bool tree = false;          ///< with a window: the tokens are drafts, token t after token (t - 1) / 2
   std::int64_t layers = 1;    ///< of a model, with windows that share a record: calls to each accept
   int threads = 1;
 
@@ -47,6 +48,8 @@ struct Case {
   /// Calls after which a window has been folded about as often as it is in the long run.
   std::int64_t cycle() const { return window > 0 ? window * layers : 1; }
   std::size_t state_bytes() const;  ///< of one state for each sequence
+  /// Tokens of the longest path of a tree.
+  std::int64_t depth() const;
   /// How many states of a sequence are written.
   std::int64_t stores() const;
   /// The usual count: 7 operations for each token and each element of a head's state.
@@ -84,8 +87,8 @@ class Workload {
   void start_windows(Platform& platform);
 
   Case item_;
-  std::shared_ptr<void> workspace_, accepted_memory_;
-  TensorView accepted_;
+  std::shared_ptr<void> workspace_, accepted_memory_, path_memory_;
+  TensorView accepted_, path_;
   std::vector<std::unique_ptr<ReplayWindow>> windows_;
   std::vector<std::shared_ptr<void>> memory_;
   std::vector<Arguments> instances_;

@@ -46,6 +46,7 @@ struct Options {
   std::vector<int> threads;
   bool warm = false;
   std::int64_t window = 0, accepted = 0, layers = 36;
+  bool tree = false;
   std::string entries = "bf16";
   bench::Effort effort;
   double max_memory_mib = 3072;
@@ -134,10 +135,12 @@ std::vector<Case> named_cases(const Options& options, const Case& base) {
           item.warm = options.warm;
           item.window = options.window;
           item.entries = dtype_of("--entries", options.entries);
-          item.accepted = options.accepted > 0 ? options.accepted : count;
+          item.tree = options.tree;
+          const std::int64_t longest = item.tree ? item.depth() : count;
+          item.accepted = options.accepted > 0 ? options.accepted : longest;
           item.layers = options.layers;
-          if (item.window > 0 && (count > item.window || item.accepted > count))
-            fail("--accepted: expected at most the tokens of a call, and these at most the window");
+          if (item.window > 0 && (count > item.window || item.accepted > longest))
+            fail("--accepted: expected at most the tokens of a call or of its tree's paths, and a call's at most the window");
           out.push_back(item);
         }
   return out;
@@ -240,7 +243,7 @@ struct Result {
   const std::optional<Timing>& host;  ///< of the call alone, where its work goes on after it
   bool window = false;                ///< the calls of this row have the case's window
 
-  std::string_view mode() const { return window ? "replay" : name_of(item.mode); }
+  std::string_view mode() const { return window ? item.tree ? "replay-tree" : "replay" : name_of(item.mode); }
 
   double gigabytes() const {
     return 1e-9 * static_cast<double>((1 + item.stores())) * static_cast<double>(item.state_bytes()) / timing.median();
@@ -403,7 +406,7 @@ void run(const Options& options) {
         });
       subjects.emplace_back([&workload, rule] {
         Arguments arguments = workload.next();
-        arguments.window = nullptr;
+        arguments.window = nullptr, arguments.parent = {};
         rule.forward(arguments);
       });
     }
@@ -490,6 +493,7 @@ void add_bench_command(CLI::App& app) {
   command->add_option("--window", options->window, "capacity of a replay window: rows with and without it")
       ->check(CLI::Range(min_window, max_window))
       ->needs(op);
+  command->add_flag("--tree", options->tree, "with a window: the tokens are drafts in a binary tree")->needs("--window");
   command->add_option("--entries", options->entries, "dtype of the window's entries")
       ->capture_default_str()
       ->check(CLI::IsMember({"f32", "bf16"}));

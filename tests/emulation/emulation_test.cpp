@@ -69,6 +69,13 @@ TEST_CASE("replay") {
         check_replay({state, T, 64, 32, shape(4, 4, 16), 3, 6, true, false, false, true, 16, P});
       }
     }
+    // Drafts in trees.
+    for (const std::int64_t T : {2, 3, 4, 5, 8})
+      for (const std::int64_t P : {5, 16}) {
+        Form form{state, T, 64, 64, shape(2, 4, 16), 2, 4, T % 2 == 0, false, false, true, 16, P};
+        form.tree = true;
+        check_replay(form);
+      }
     for (const std::int64_t P : {17, 33, 60, 64}) {
       check_replay({state, 1, 128, 64, shape(2, 4, 32), 1, 2, true, false, false, true, 64, P});
       check_replay({state, 3, 128, 64, shape(1, 2, 32), 2, 2, false, false, false, true, 64, P});

@@ -38,6 +38,7 @@ std::string Form::text() const {
                     std::to_string(value_dim) + " heads " + std::to_string(k_heads) + "/" + std::to_string(heads) + " shape " +
                     std::to_string(shape.heads) + ":" + std::to_string(shape.warps) + ":" + std::to_string(shape.span);
   if (capacity > 0) out += " W " + std::to_string(capacity) + " P " + std::to_string(entries);
+  if (tree) out += " tree";
   if (inputs != DType::bf16) out += std::string(" inputs ") + std::string(name_of(inputs));
   return out + (usual ? "" : " unusual") + (value_last ? " V-last" : "") + (snapshots ? " snapshots" : "") +
          (update ? "" : " read-only");
@@ -132,6 +133,15 @@ void Scene::make_window() {
   window_before_.decays = copy(window_.decays);
   window_before_.record.length = copy(window_.record.length), window_before_.record.order = copy(window_.record.order);
   in_.window = &window_;
+  if (!form_.tree) return;
+  in_.parent = make(DType::i32, {rows, form_.tokens});
+  for (std::int64_t n = 0; n < rows; ++n)
+    for (std::int64_t t = 0; t < form_.tokens; ++t)
+      store(in_.parent, static_cast<double>(std::uniform_int_distribution<std::int64_t>(-1, t - 1)(random_)), n, t);
+}
+
+std::int64_t Scene::before(std::int64_t n, std::int64_t t) const {
+  return form_.tree ? static_cast<std::int64_t>(load(in_.parent, n, t)) : t - 1;
 }
 
 Result Scene::run(cuda::Kernel kernel, int token_tile) {
@@ -205,7 +215,10 @@ void Scene::expect(Result& result, std::int64_t n, std::int64_t h) {
     for (std::int64_t k = 0; k < K; ++k) sum += load(tensor, n, t, hk, k) * load(tensor, n, t, hk, k);
     return 1 / std::sqrt(sum);
   };
+  std::vector<std::vector<double>> after(static_cast<std::size_t>(T));  // each token
+  const std::vector<double> first = S;
   for (std::int64_t t = 0; t < T; ++t) {
+    S = before(n, t) < 0 ? first : after[static_cast<std::size_t>(before(n, t))];
     double g, beta;
     if (form_.usual) {
       g = -std::exp(load(in_.A_log, h)) * std::log1p(std::exp(load(in_.a, n, t, h) + load(in_.dt_bias, h)));
@@ -233,6 +246,7 @@ void Scene::expect(Result& result, std::int64_t n, std::int64_t h) {
       result.output.add(load(in_.o, n, t, h, v), out);
       if (form_.capacity > 0) result.corrections.add(load(window_.corrections, slot, h, place, v), key_factor * u);
     }
+    after[static_cast<std::size_t>(t)] = S;
     if (form_.snapshots)
       each([&](std::int64_t v, std::int64_t k) { result.snapshots.add(load(in_.snapshots, n, t, h, v, k), at(v, k)); });
     if (form_.capacity == 0) continue;

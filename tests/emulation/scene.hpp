@@ -25,6 +25,7 @@ struct Form {
   /// With a window: W, and the entries of the first row; the second one has 3 less, but at least none.
   std::int64_t capacity = 0, entries = 0;
   DType inputs = DType::bf16;  ///< of q, k, v and o
+  bool tree = false;           ///< with a window: the tokens are drafts with parents
 
   std::string text() const;
 };
@@ -69,6 +70,8 @@ class Scene {
   TensorView make(DType dtype, const std::vector<std::int64_t>& shape, Value value);
   TensorView copy(const TensorView& tensor);
   void make_window();
+  /// The token before t, or -1.
+  std::int64_t before(std::int64_t n, std::int64_t t) const;
 
   void expect(Result& result, std::int64_t n, std::int64_t h);
   void count_untouched(Result& result) const;

@@ -144,9 +144,11 @@ class TokenColumns {
   /// Hands what was fetched to the other warps of the block, where they have no columns of their own.
   __device__ void share(int, int) {}
 
-  template <bool common>
-  __device__ void prepare(const FastParams& p, int count, int g, int c) {
+  /// `path`: bit i says whether row g's token sees token i, itself included, where they are not in a row.
+  template <bool common, bool tree = false>
+  __device__ void prepare(const FastParams& p, int count, int g, int c, unsigned path = 0) {
     const int t = g % token_tile;
+    const auto sees = [&](int token) { return tree ? (path >> token & 1) != 0 : token <= t; };
     float decay = 1, beta = 0;
     if (t < count) {
       log_decay_ = gates_.log_decay<float, common>(p);
@@ -173,11 +175,12 @@ class TokenColumns {
     // exp(G_t - G_j) as a product: what underflows here does so in the recurrence.
     decays_[0] = decays_[1] = 1;
     prefix_ = shuffle(decay, 0);
+    if (!sees(0)) prefix_ = 1;
 #pragma unroll
     for (int e = 0; e < 2; ++e) column[e] = (2 * c + e) % token_tile;
 #pragma unroll
     for (int i = 1; i < token_tile; ++i) {
-      const float next = shuffle(decay, 4 * i), factor = i <= t ? next : 1.0f;
+      const float next = shuffle(decay, 4 * i), factor = sees(i) ? next : 1.0f;
       prefix_ *= factor;
 #pragma unroll
       for (int e = 0; e < 2; ++e)
@@ -194,7 +197,7 @@ class TokenColumns {
       key_factor[0][e] = key_columns ? -column_beta * (column_decay * norm) : 0.0f;
       value_factor[0][e] = key_columns ? column_beta : 0.0f;
       query_factor[0][e] = !beside || c >= 2 ? p.scale * (column_decay * query_norm) : 0.0f;
-      decays_[e] = key_columns && column[e] <= t ? decays_[e] * norm : 0.0f;
+      decays_[e] = key_columns && sees(column[e]) ? decays_[e] * norm : 0.0f;
       left[e] = key_row && column[e] < t ? -beta * (row_factor * products[e] * decays_[e]) : 0.0f;
       right[e] = p.scale * (row_query_factor * read_outs[e] * decays_[e]);
       if constexpr (beside) left[e] = key_row ? left[e] : right[e];
@@ -314,7 +317,7 @@ class TokenColumns<key_dim, 1, width> {
   }
 
   template <bool common>
-  __device__ void prepare(const FastParams& p, int, int, int) {
+  __device__ void prepare(const FastParams& p) {
     float products[2];
     multiply_columns(words_[0], nullptr, words_[0], products, nullptr);
     log_decay_ = gates_.log_decay<float, common>(p);

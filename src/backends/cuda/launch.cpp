@@ -118,7 +118,7 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
 cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& params, cudaStream_t stream) {
   ReplayParams<FastParams> p{};
   if (params.rows == 0 || plan.kernel != Kernel::replay || !narrow(params, p)) return launch_generic_replay(params, stream);
-  p.window = params.window;
+  p.window = params.window, p.parent = params.parent;
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim);
   const auto heads = static_cast<std::uint32_t>(plan.shape.heads);
   p.block_heads = heads, p.team = make_group(team_of(p, heads));

@@ -178,9 +178,9 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
   const WindowParams& window = p.window;
   // A block has all of v of its heads in shared memory.
   if ((p.key_dim != 64 && p.key_dim != 128) || p.value_dim % 32 != 0 || p.value_dim > 512 || p.heads > max_grid_yz ||
-      p.tokens < 1 || p.tokens > 8 || p.cu_seqlens.data != nullptr || p.parent.data != nullptr || !states_have_vectors(p, 1) ||
-      !has_serving_form(p, false) || !has_vectors(p.v, 3, 8) || window.keys.dtype != DType::bf16 ||
-      !has_vectors(window.keys, 3, 8) || !has_vectors(window.corrections, 3, 8))
+      p.tokens < 1 || p.tokens > 8 || p.cu_seqlens.data != nullptr || (p.parent.data != nullptr && p.tokens == 1) ||
+      !states_have_vectors(p, 1) || !has_serving_form(p, false) || !has_vectors(p.v, 3, 8) ||
+      window.keys.dtype != DType::bf16 || !has_vectors(window.keys, 3, 8) || !has_vectors(window.corrections, 3, 8))
     return plan;
   plan.kernel = Kernel::replay;
   plan.token_tile = token_tile_of(p);

@@ -85,6 +85,26 @@ struct ReplayRow {
   }
 };
 
+/// Of drafts in a tree, bit i says whether token t, of each lane its own, sees token i: its ancestors and itself. Bad parents
+/// are recorded where `records`.
+template <int token_tile>
+__device__ __forceinline__ unsigned path_in_tree(const ReplayParams<FastParams>& p, unsigned n, int t, int lane, bool records,
+                                                 bool& good) {
+  int parent = -1;
+  if (lane < static_cast<int>(p.tokens)) parent = static_cast<int>(index_at(p.parent, n, lane));
+  const bool bad = parent < -1 || parent >= lane;
+  if (records && bad) record(p.fault, FaultKind::parent, n, parent, lane - 1);
+  good = !__any_sync(0xffffffffu, bad);
+  unsigned path = 1u << lane;
+#pragma unroll 1
+  for (int i = 1; i < token_tile; ++i) {
+    const int from = __shfl_sync(0xffffffffu, parent, i);
+    const unsigned before = __shfl_sync(0xffffffffu, path, from & 31);
+    if (lane == i && from >= 0) path |= before;
+  }
+  return __shfl_sync(0xffffffffu, path, t);
+}
+
 /// One warp's work for the heads of a team from h on: what the entries of the window are to its tokens. `notes_of` gives the
 /// notes of a head.
 template <class Rows, int token_tile, class Tokens>
@@ -219,8 +239,8 @@ class Entries {
 /// And another's: what the tokens are to each other. One token of a team's heads differs in the gates alone, and lane i has
 /// those of head h + i; of more tokens a head is a warp's work.
 template <int token_tile, bool common, class Tokens, class NotesOf>
-__device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p, unsigned h, int heads, bool leads,
-                                               Tokens& tokens, const NotesOf& notes_of) {
+__device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p, unsigned path, unsigned h, int heads,
+                                               bool leads, Tokens& tokens, const NotesOf& notes_of) {
   const auto notes = notes_of(h);
   const int lane = notes.lane, g = lane / 4, c = lane % 4;
 #pragma unroll
@@ -230,7 +250,10 @@ __device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p
       for (int i = 0; i < Tokens::runs; ++i)
         *reinterpret_cast<uint4*>(notes.row(8 * block + g) + 4 * c + 16 * i) =
             *reinterpret_cast<const uint4*>(tokens.run(block, i));
-  tokens.template prepare<common>(p, static_cast<int>(p.tokens), g, c);
+  if constexpr (token_tile == 1)
+    tokens.template prepare<common>(p);
+  else
+    tokens.template prepare<common, true>(p, static_cast<int>(p.tokens), g, c, path);
   if constexpr (token_tile == 1) {
     if (lane < heads) tokens.store_factors(notes_of(h + static_cast<unsigned>(lane)).numbers());
   } else {
@@ -373,6 +396,10 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     }
   }
   __pipeline_commit();
+  bool good = true;
+  unsigned path = (2u << g % token_tile) - 1;
+  if (token_tile > 1 && p.parent.data != nullptr)
+    path = path_in_tree<token_tile>(p, n, g % token_tile, lane, blockIdx.x == 0 && warp == 0, good);
   slots.resolve(p, n);
   ReplayRow row{n, slots.source, {}};
   const auto slot = static_cast<unsigned>(row.slot);
@@ -392,14 +419,14 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     ++at.h;
   };
   Position next{span_begin < span_end ? first_head : end_head, span_begin, nullptr};
-  bool good = row.slot >= 0;
+  good = good && row.slot >= 0;
   if (good) {
     row.record.load(p, row.slot, lane);
     next.state = static_cast<const State*>(p.state_write.data) + offset_of(p.state_write, slot, first_head) +
                  span_begin * key_dim + Rows::lane_offset(lane);
     if (next.h < end_head) Rows(memory, lane).template fetch<streams>(next.state);
     if (has_tokens)
-      prepare_tokens<token_tile, common>(p, tokens_head, own_tokens, is_first(static_cast<unsigned>(with_tokens), p.team),
+      prepare_tokens<token_tile, common>(p, path, tokens_head, own_tokens, is_first(static_cast<unsigned>(with_tokens), p.team),
                                          tokens, notes_of);
     good = row.record.is_in_range(p, n, lane, warp == 0);
   }

@@ -20,7 +20,7 @@ cudaError_t launch(void (*kernel)(Params), std::int64_t blocks, int threads, std
 cudaError_t launch_generic_replay(const ReplayParams<ForwardParams>& params, cudaStream_t stream) {
   const std::int64_t rows = params.rows + (params.cu_seqlens.data != nullptr ? 1 : 0);
   return launch(replay_forward_kernel, rows * params.heads * params.slices, block_threads,
-                static_cast<std::size_t>(replay_floats(params.slice_rows, params.key_dim)) * sizeof(float), params, stream);
+                SliceMemory::bytes(params.slice_rows, params.key_dim), params, stream);
 }
 
 cudaError_t launch_accept(const WindowCallParams& params, cudaStream_t stream) {
@@ -33,8 +33,7 @@ cudaError_t launch_reset(const WindowCallParams& params, cudaStream_t stream) {
 
 cudaError_t launch_fold(const WindowCallParams& params, cudaStream_t stream) {
   return launch(fold_kernel, params.rows * params.heads * params.slices, block_threads,
-                static_cast<std::size_t>(params.slice_rows) * static_cast<std::size_t>(params.key_dim) * sizeof(float), params,
-                stream);
+                SliceMemory::bytes(params.slice_rows, params.key_dim), params, stream);
 }
 
 cudaError_t launch_copy(const WindowCallParams& params, cudaStream_t stream) {

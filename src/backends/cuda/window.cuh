@@ -33,25 +33,70 @@ __device__ bool fetch_record(const P& p, std::int64_t slot, unsigned row, Shared
   return !__syncthreads_or(bad);
 }
 
-/// A slice of the state from the pool, and what the entries make of it. A thread has the same elements throughout.
+/// The shared memory of a block: a slice of the state, and before it what is needed of some entries at a time, or of the
+/// tokens.
+struct SliceMemory {
+  int entries;  ///< at a time
+  int pitch;    ///< of corrections: value rows, in vectors of 4
+  float* corrections;
+  float* keys;   ///< of entries, or key and query of a token
+  float* state;  ///< [rows][K]
+
+  static constexpr int key_floats = 2048;
+  __host__ __device__ SliceMemory(float* memory, std::int64_t slice_rows, std::int64_t key_dim)
+      : pitch(static_cast<int>((slice_rows + 3) / 4 * 4)), corrections(memory), keys(corrections + max_window * pitch) {
+    const std::int64_t room = 2 * key_dim > key_floats ? 2 * key_dim : key_floats;
+    entries = static_cast<int>(room / key_dim < 16 ? room / key_dim : 16);
+    state = keys + room;
+  }
+  static std::size_t bytes(std::int64_t slice_rows, std::int64_t key_dim) {
+    const SliceMemory all(nullptr, slice_rows, key_dim);
+    return reinterpret_cast<std::uintptr_t>(all.state + slice_rows * key_dim);
+  }
+};
+
+/// A slice of the state from the pool, and what the entries make of it.
 template <class P, class State>
 __device__ void load_replayed(const P& p, const State& from, const SharedRecord& what, std::int64_t slot, unsigned h,
-                              std::int64_t first_row, int rows, float* S) {
-  const int K = p.key_dim;
+                              std::int64_t first_row, int rows, const SliceMemory& memory) {
+  __shared__ float decays[16];
+  const int K = p.key_dim, tid = static_cast<int>(threadIdx.x), groups = (rows + 3) / 4;
+  float* const S = memory.state;
   const std::int64_t base = offset_of(from, slot, h, first_row);
   for_each_element(rows, K, from.strides[2], from.strides[3],
                    [&](int v, int i) { S[v * K + i] = load_at(from, base + v * from.strides[2] + i * from.strides[3]); });
-  __syncthreads();
   const WindowParams& window = p.window;
-  for (int j = 0; j < what.length; ++j) {
-    const std::int64_t place = what.places[j];
-    const std::int64_t key = offset_of(window.keys, slot, h / p.k_group.count, place);
-    const std::int64_t correction = offset_of(window.corrections, slot, h, place, first_row);
-    const float decay = expf(load(window.decays, slot, h, place));
-    for (int e = static_cast<int>(threadIdx.x); e < rows * K; e += static_cast<int>(blockDim.x)) {
-      const int v = e / K;
-      S[e] = fmaf(load_at(window.corrections, correction + v), load_at(window.keys, key + e - v * K), decay * S[e]);
+  const std::int64_t keys = offset_of(window.keys, slot, h / p.k_group.count);
+  const std::int64_t corrections = offset_of(window.corrections, slot, h, 0, first_row);
+  for (int begin = 0; begin < what.length; begin += memory.entries) {
+    const int count = min(memory.entries, what.length - begin);
+    for (int e = tid; e < count * K; e += block_threads)
+      memory.keys[e] = load_at(window.keys, keys + product(what.places[begin + e / K], window.keys.strides[2]) + e % K);
+    for (int e = tid; e < count * rows; e += block_threads)
+      memory.corrections[e / rows * memory.pitch + e % rows] = load_at(
+          window.corrections, corrections + product(what.places[begin + e / rows], window.corrections.strides[2]) + e % rows);
+    if (tid < count) decays[tid] = expf(load(window.decays, slot, h, what.places[begin + tid]));
+    __syncthreads();
+    // A thread takes four value rows of a key.
+    for (int item = tid; item < groups * K; item += block_threads) {
+      const int group = item / K, i = item % K, present = min(4, rows - 4 * group);
+      float* const s = S + 4 * group * K + i;
+      float x[4];
+#pragma unroll
+      for (int v = 0; v < 4; ++v) x[v] = v < present ? s[v * K] : 0.0f;
+      const float *key = memory.keys + i, *of_rows = memory.corrections + 4 * group;
+#pragma unroll 4
+      for (int j = 0; j < count; ++j, key += K, of_rows += memory.pitch) {
+        const float4 u = *reinterpret_cast<const float4*>(of_rows);
+        const float decay = decays[j];
+        x[0] = fmaf(u.x, *key, decay * x[0]), x[1] = fmaf(u.y, *key, decay * x[1]);
+        x[2] = fmaf(u.z, *key, decay * x[2]), x[3] = fmaf(u.w, *key, decay * x[3]);
+      }
+#pragma unroll
+      for (int v = 0; v < 4; ++v)
+        if (v < present) s[v * K] = x[v];
     }
+    __syncthreads();
   }
   __syncthreads();
 }
@@ -69,22 +114,18 @@ __device__ inline float as_stored(float x, DType entries) {
   return entries == DType::bf16 ? __bfloat162float(__float2bfloat16_rn(x)) : x;
 }
 
-/// Shared memory of replay_forward_kernel in floats.
-constexpr std::int64_t replay_floats(std::int64_t slice_rows, std::int64_t key_dim) {
-  return (slice_rows + 2) * key_dim + max_window * slice_rows;
-}
-
-__global__ void __launch_bounds__(block_threads) replay_forward_kernel(const __grid_constant__ ReplayParams<ForwardParams> p) {
-  extern __shared__ float memory[];
+__global__ void __launch_bounds__(block_threads, 4)
+    replay_forward_kernel(const __grid_constant__ ReplayParams<ForwardParams> p) {
+  extern __shared__ float4 dynamic[];
   __shared__ SharedRecord known;
-  __shared__ double gates[2], norms[3], since[max_window], log_decays[max_window];  // norms: of q, of k, k^.q^
+  __shared__ double path_decay, norms[3], since[max_window], log_decays[max_window], betas[max_window];
   __shared__ float mixes[2][max_window];
   __shared__ int path[max_window], path_length, parents[max_window];
   const int K = p.key_dim, tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  float* const S = memory;
-  float* const q = S + p.slice_rows * K;
-  float* const k = q + K;
-  float* const corrections = k + K;  // [T][slice_rows], as stored
+  const SliceMemory memory(reinterpret_cast<float*>(dynamic), p.slice_rows, K);
+  const float* const S = memory.state;
+  float *const q = memory.keys, *const k = q + K;
+  float* const corrections = memory.corrections;  // [T][slice_rows], as stored
   const unsigned slices = p.slices, heads = p.heads;
   const unsigned n = blockIdx.x / (slices * heads), h = blockIdx.x / slices % heads, slice = blockIdx.x % slices;
   const std::int64_t first_row = static_cast<std::int64_t>(slice) * p.slice_rows;
@@ -114,7 +155,15 @@ __global__ void __launch_bounds__(block_threads) replay_forward_kernel(const __g
     zero_outputs(p, row.batch, row.first_token, row.first_token + row.tokens, h, first_row, rows);
     return;
   }
-  load_replayed(p, p.state_read, known, row.source, h, first_row, rows, S);
+  if (tid < row.tokens) {
+    GateInputs inputs;
+    inputs.fetch(p, row.batch, row.first_token + tid, h);
+    betas[tid] = inputs.beta<double>(p);
+    const auto g = static_cast<float>(inputs.log_decay<double>(p));
+    log_decays[tid] = g;
+    if (slice == 0) store_at(window.decays, offset_of(window.decays, row.source, h, known.places[known.length + tid]), g);
+  }
+  load_replayed(p, p.state_read, known, row.source, h, first_row, rows, memory);
   if (known.length + row.tokens > window.capacity) store_slice(p, p.state_write, row.source, h, first_row, rows, S);
 
   const auto raw_key = [&](std::int64_t token, int i) { return load(p.k, row.batch, token, h / p.k_group.count, i); };
@@ -127,20 +176,14 @@ __global__ void __launch_bounds__(block_threads) replay_forward_kernel(const __g
         store_at(window.keys, offset_of(window.keys, row.source, h / p.k_group.count, place, i), k[i]);
     }
     if (tid == 0) {
-      GateInputs inputs;
-      inputs.fetch(p, row.batch, token, h);
-      gates[0] = inputs.log_decay<double>(p), gates[1] = inputs.beta<double>(p);
-      const auto g = static_cast<float>(gates[0]);
-      if (slice == 0) store_at(window.decays, offset_of(window.decays, row.source, h, place), g);
-      log_decays[t] = g;
-      double sum = g;
+      double sum = log_decays[t];
       path_length = 0;
       for (int j = p.parent.data != nullptr ? parents[t] : t - 1; j >= 0; j = p.parent.data != nullptr ? parents[j] : j - 1) {
         since[path_length] = sum;
         path[path_length++] = j;
         sum += log_decays[j];
       }
-      gates[0] = exp(sum);
+      path_decay = exp(sum);
     }
     __syncthreads();
     if (warp < 3) {
@@ -161,26 +204,39 @@ __global__ void __launch_bounds__(block_threads) replay_forward_kernel(const __g
       if (lane == 0) mixes[0][a] = static_cast<float>(factor * with_key), mixes[1][a] = static_cast<float>(factor * with_query);
     }
     __syncthreads();
-    const double decay = gates[0], beta = gates[1], query_norm = norms[0], key_norm = norms[1];
-    for (int v = warp; v < rows; v += block_threads / 32) {
-      double recalled = 0, out = 0;
+    const double decay = path_decay, beta = betas[t], query_norm = norms[0], key_norm = norms[1];
+    // A warp takes four value rows at a time, of which its first lanes finish one each.
+    for (int first = 4 * warp; first < rows; first += 4 * (block_threads / 32)) {
+      const int own = first + lane;
+      const bool finishes = lane < 4 && own < rows;
+      float value = 0;
+      if (finishes) value = load(p.v, row.batch, token, h / p.v_group.count, first_row + own);
+      double recalled[4] = {}, out[4] = {};
       for (int i = lane; i < K; i += 32) {
-        recalled += static_cast<double>(S[v * K + i]) * k[i];
-        out += static_cast<double>(S[v * K + i]) * q[i];
+        const double key = k[i], query = q[i];
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          const double s = S[min(first + v, rows - 1) * K + i];
+          recalled[v] += s * key, out[v] += s * query;
+        }
       }
-      recalled *= decay, out *= decay;
-      for (int a = lane; a < path_length; a += 32) {
-        const double u = corrections[path[a] * p.slice_rows + v];
-        recalled += mixes[0][a] * u, out += mixes[1][a] * u;
+      double own_recalled = 0, own_out = 0;
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        recalled[v] *= decay, out[v] *= decay;
+        for (int a = lane; a < path_length; a += 32) {
+          const double u = corrections[path[a] * p.slice_rows + min(first + v, rows - 1)];
+          recalled[v] += mixes[0][a] * u, out[v] += mixes[1][a] * u;
+        }
+        recalled[v] = warp_sum(recalled[v]), out[v] = warp_sum(out[v]);
+        if (lane == v) own_recalled = recalled[v], own_out = out[v];
       }
-      recalled = warp_sum(recalled), out = warp_sum(out);
-      if (lane != 0) continue;
-      const double value = load(p.v, row.batch, token, h / p.v_group.count, first_row + v);
-      const double u = beta * (value - key_norm * recalled) * key_norm;
-      store_at(p.o, offset_of(p.o, row.batch, token, h, first_row + v),
-               static_cast<float>(p.scale * query_norm * (out + norms[2] * u)));
-      store_at(window.corrections, offset_of(window.corrections, row.source, h, place, first_row + v), static_cast<float>(u));
-      corrections[t * p.slice_rows + v] = as_stored(static_cast<float>(u), entries);
+      if (!finishes) continue;
+      const double u = beta * (value - key_norm * own_recalled) * key_norm;
+      store_at(p.o, offset_of(p.o, row.batch, token, h, first_row + own),
+               static_cast<float>(p.scale * query_norm * (own_out + norms[2] * u)));
+      store_at(window.corrections, offset_of(window.corrections, row.source, h, place, first_row + own), static_cast<float>(u));
+      corrections[t * p.slice_rows + own] = as_stored(static_cast<float>(u), entries);
     }
     __syncthreads();
   }
@@ -268,8 +324,9 @@ __global__ void __launch_bounds__(2 * max_window) reset_kernel(const __grid_cons
 
 /// A block for each row, head and slice.
 __global__ void __launch_bounds__(block_threads) fold_kernel(const __grid_constant__ WindowCallParams p) {
-  extern __shared__ float memory[];
+  extern __shared__ float4 dynamic[];
   __shared__ SharedRecord known;
+  const SliceMemory memory(reinterpret_cast<float*>(dynamic), p.slice_rows, p.key_dim);
   const unsigned slices = p.slices, heads = p.heads;
   const unsigned n = blockIdx.x / (slices * heads), h = blockIdx.x / slices % heads;
   const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x % slices) * p.slice_rows;
@@ -281,7 +338,8 @@ __global__ void __launch_bounds__(block_threads) fold_kernel(const __grid_consta
     return;
   }
   load_replayed(p, p.state, known, slot, h, first_row, rows, memory);
-  in_place ? store_slice(p, p.state, slot, h, first_row, rows, memory) : store_slice(p, p.out, n, h, first_row, rows, memory);
+  in_place ? store_slice(p, p.state, slot, h, first_row, rows, memory.state)
+           : store_slice(p, p.out, n, h, first_row, rows, memory.state);
 }
 
 /// Elements [rows, columns] of a tensor's last two dimensions.
