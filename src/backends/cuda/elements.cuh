@@ -128,19 +128,18 @@ __device__ std::int64_t index_at(const Any& tensor, Index... index) {
   return raw.value(tensor.dtype);
 }
 
-/// Calls function(v, k) for the elements of `rows` x `columns`, spread over the block; neighbouring threads take the dimension
-/// with the smaller stride.
+/// Calls function(v, k) for the elements of `rows` x `columns`, spread over the block: neighbouring lanes take the dimension
+/// with the smaller stride, warps the other one.
 template <class Function>
 __device__ void for_each_element(int rows, int columns, std::int64_t row_stride, std::int64_t column_stride,
                                  Function function) {
   const auto size = [](std::int64_t stride) { return stride < 0 ? -stride : stride; };
   const bool by_row = size(row_stride) < size(column_stride);
-  for (int e = static_cast<int>(threadIdx.x); e < rows * columns; e += static_cast<int>(blockDim.x)) {
-    if (by_row)
-      function(e % rows, e / rows);
-    else
-      function(e / columns, e % columns);
-  }
+  const int outer = by_row ? columns : rows, inner = by_row ? rows : columns;
+  const int lane = static_cast<int>(threadIdx.x % 32), warps = static_cast<int>(blockDim.x / 32);
+  for (int i = static_cast<int>(threadIdx.x / 32); i < outer; i += warps)
+#pragma unroll 4
+    for (int j = lane; j < inner; j += 32) function(by_row ? j : i, by_row ? i : j);
 }
 
 }  // namespace gatedelta::cuda

@@ -60,7 +60,8 @@ template <class P, class State>
 __device__ void load_replayed(const P& p, const State& from, const SharedRecord& what, std::int64_t slot, unsigned h,
                               std::int64_t first_row, int rows, const SliceMemory& memory) {
   __shared__ float decays[16];
-  const int K = p.key_dim, tid = static_cast<int>(threadIdx.x), groups = (rows + 3) / 4;
+  const int K = p.key_dim, tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
+  constexpr int warps = block_threads / 32;
   float* const S = memory.state;
   const std::int64_t base = offset_of(from, slot, h, first_row);
   for_each_element(rows, K, from.strides[2], from.strides[3],
@@ -70,32 +71,35 @@ __device__ void load_replayed(const P& p, const State& from, const SharedRecord&
   const std::int64_t corrections = offset_of(window.corrections, slot, h, 0, first_row);
   for (int begin = 0; begin < what.length; begin += memory.entries) {
     const int count = min(memory.entries, what.length - begin);
-    for (int e = tid; e < count * K; e += block_threads)
-      memory.keys[e] = load_at(window.keys, keys + product(what.places[begin + e / K], window.keys.strides[2]) + e % K);
-    for (int e = tid; e < count * rows; e += block_threads)
-      memory.corrections[e / rows * memory.pitch + e % rows] = load_at(
-          window.corrections, corrections + product(what.places[begin + e / rows], window.corrections.strides[2]) + e % rows);
+    for (int j = warp; j < count; j += warps) {
+      const std::int64_t place = what.places[begin + j], key = keys + place * window.keys.strides[2],
+                         correction = corrections + place * window.corrections.strides[2];
+#pragma unroll 4
+      for (int i = lane; i < K; i += 32) memory.keys[j * K + i] = load_at(window.keys, key + i);
+      for (int v = lane; v < rows; v += 32)
+        memory.corrections[j * memory.pitch + v] = load_at(window.corrections, correction + v);
+    }
     if (tid < count) decays[tid] = expf(load(window.decays, slot, h, what.places[begin + tid]));
     __syncthreads();
-    // A thread takes four value rows of a key.
-    for (int item = tid; item < groups * K; item += block_threads) {
-      const int group = item / K, i = item % K, present = min(4, rows - 4 * group);
-      float* const s = S + 4 * group * K + i;
-      float x[4];
+    // A warp takes four value rows, a thread one of their keys at a time.
+    for (int first = 4 * warp; first < rows; first += 4 * warps)
+      for (int i = lane; i < K; i += 32) {
+        float* const s = S + first * K + i;
+        float x[4];
 #pragma unroll
-      for (int v = 0; v < 4; ++v) x[v] = v < present ? s[v * K] : 0.0f;
-      const float *key = memory.keys + i, *of_rows = memory.corrections + 4 * group;
+        for (int v = 0; v < 4; ++v) x[v] = first + v < rows ? s[v * K] : 0.0f;
+        const float *key = memory.keys + i, *of_rows = memory.corrections + first;
 #pragma unroll 4
-      for (int j = 0; j < count; ++j, key += K, of_rows += memory.pitch) {
-        const float4 u = *reinterpret_cast<const float4*>(of_rows);
-        const float decay = decays[j];
-        x[0] = fmaf(u.x, *key, decay * x[0]), x[1] = fmaf(u.y, *key, decay * x[1]);
-        x[2] = fmaf(u.z, *key, decay * x[2]), x[3] = fmaf(u.w, *key, decay * x[3]);
-      }
+        for (int j = 0; j < count; ++j, key += K, of_rows += memory.pitch) {
+          const float4 u = *reinterpret_cast<const float4*>(of_rows);
+          const float decay = decays[j];
+          x[0] = fmaf(u.x, *key, decay * x[0]), x[1] = fmaf(u.y, *key, decay * x[1]);
+          x[2] = fmaf(u.z, *key, decay * x[2]), x[3] = fmaf(u.w, *key, decay * x[3]);
+        }
 #pragma unroll
-      for (int v = 0; v < 4; ++v)
-        if (v < present) s[v * K] = x[v];
-    }
+        for (int v = 0; v < 4; ++v)
+          if (first + v < rows) s[v * K] = x[v];
+      }
     __syncthreads();
   }
   __syncthreads();
