@@ -58,8 +58,7 @@ struct DecodeInputs {
  private:
   __device__ static float element(const RawRun<run>& from, int e) {
     static_assert(common);
-    const std::uint32_t two = from.words[e / 2];
-    return __uint_as_float(e % 2 == 0 ? two << 16 : two & 0xffff0000u);
+    return widen_one(from.words[e / 2], e % 2);
   }
   __device__ static bool is_vector(const FastParams& p) { return common || p.vector_keys; }
 };

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(block_threads) forward_kernel(const __grid_con
       normalise(k, K, p.l2_eps);
     }
     __syncthreads();
-    for (int v = tid / 32; v < rows; v += block_threads / 32) {
+    for (int v = tid / 32; v < rows; v += block_warps) {
       float* const s = S + v * K;
       // One rounding a token: outputs can be small differences of what the state and a correction give.
       double recalled = 0, out = 0;

@@ -250,13 +250,11 @@ __device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p
       for (int i = 0; i < Tokens::runs; ++i)
         *reinterpret_cast<uint4*>(notes.row(8 * block + g) + 4 * c + 16 * i) =
             *reinterpret_cast<const uint4*>(tokens.run(block, i));
-  if constexpr (token_tile == 1)
-    tokens.template prepare<common>(p);
-  else
-    tokens.template prepare<common, true>(p, static_cast<int>(p.tokens), g, c, path);
   if constexpr (token_tile == 1) {
+    tokens.template prepare<common>(p);
     if (lane < heads) tokens.store_factors(notes_of(h + static_cast<unsigned>(lane)).numbers());
   } else {
+    tokens.template prepare<common, true>(p, static_cast<int>(p.tokens), g, c, path);
     notes.pass(tokens, true);
   }
 }

@@ -20,9 +20,11 @@ constexpr int state_parts_of = sizeof(State) == 4                     ? 3
 template <class Element>
 constexpr int lanes_of = 16 / static_cast<int>(sizeof(Element));
 
+/// The lower (0) or the upper (1) of two bfloat16 numbers.
+__device__ inline float widen_one(std::uint32_t two, int e) { return __uint_as_float(e == 0 ? two << 16 : two & 0xffff0000u); }
 __device__ inline void widen(std::uint32_t two, float& low, float& high, __nv_bfloat16) {
-  low = __uint_as_float(two << 16);
-  high = __uint_as_float(two & 0xffff0000u);
+  low = widen_one(two, 0);
+  high = widen_one(two, 1);
 }
 __device__ inline void widen(std::uint32_t two, float& low, float& high, __half) {
   const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&two));

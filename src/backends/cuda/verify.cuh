@@ -35,7 +35,7 @@ struct ValuePair {
   }
   __device__ float value(DType dtype, int e) const {
     if constexpr (common)
-      return __uint_as_float(e == 0 ? raw[0].low << 16 : raw[0].low & 0xffff0000u);
+      return widen_one(raw[0].low, e);
     else
       return raw[e].value(dtype);
   }

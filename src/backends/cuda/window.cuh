@@ -42,11 +42,11 @@ struct SliceMemory {
   float* keys;   ///< of entries, or key and query of a token
   float* state;  ///< [rows][K]
 
-  static constexpr int key_floats = 2048;
+  static constexpr int key_floats = 2048, most_entries = 16;
   __host__ __device__ SliceMemory(float* memory, std::int64_t slice_rows, std::int64_t key_dim)
       : pitch(static_cast<int>((slice_rows + 3) / 4 * 4)), corrections(memory), keys(corrections + max_window * pitch) {
     const std::int64_t room = 2 * key_dim > key_floats ? 2 * key_dim : key_floats;
-    entries = static_cast<int>(room / key_dim < 16 ? room / key_dim : 16);
+    entries = static_cast<int>(room / key_dim < most_entries ? room / key_dim : most_entries);
     state = keys + room;
   }
   static std::size_t bytes(std::int64_t slice_rows, std::int64_t key_dim) {
@@ -59,9 +59,8 @@ struct SliceMemory {
 template <class P, class State>
 __device__ void load_replayed(const P& p, const State& from, const SharedRecord& what, std::int64_t slot, unsigned h,
                               std::int64_t first_row, int rows, const SliceMemory& memory) {
-  __shared__ float decays[16];
+  __shared__ float decays[SliceMemory::most_entries];
   const int K = p.key_dim, tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  constexpr int warps = block_threads / 32;
   float* const S = memory.state;
   const std::int64_t base = offset_of(from, slot, h, first_row);
   for_each_element(rows, K, from.strides[2], from.strides[3],
@@ -71,7 +70,7 @@ __device__ void load_replayed(const P& p, const State& from, const SharedRecord&
   const std::int64_t corrections = offset_of(window.corrections, slot, h, 0, first_row);
   for (int begin = 0; begin < what.length; begin += memory.entries) {
     const int count = min(memory.entries, what.length - begin);
-    for (int j = warp; j < count; j += warps) {
+    for (int j = warp; j < count; j += block_warps) {
       const std::int64_t place = what.places[begin + j], key = keys + place * window.keys.strides[2],
                          correction = corrections + place * window.corrections.strides[2];
 #pragma unroll 4
@@ -82,7 +81,7 @@ __device__ void load_replayed(const P& p, const State& from, const SharedRecord&
     if (tid < count) decays[tid] = expf(load(window.decays, slot, h, what.places[begin + tid]));
     __syncthreads();
     // A warp takes four value rows, a thread one of their keys at a time.
-    for (int first = 4 * warp; first < rows; first += 4 * warps)
+    for (int first = 4 * warp; first < rows; first += 4 * block_warps)
       for (int i = lane; i < K; i += 32) {
         float* const s = S + first * K + i;
         float x[4];
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(block_threads, 4)
       if (lane == 0) norms[warp] = warp < 2 ? p.l2norm ? 1 / sqrt(sum + static_cast<double>(p.l2_eps)) : 1.0 : sum;
     }
     // The entries that this token sees: products of raw keys and queries.
-    for (int a = warp; a < path_length; a += block_threads / 32) {
+    for (int a = warp; a < path_length; a += block_warps) {
       double with_key = 0, with_query = 0;
       for (int i = lane; i < K; i += 32) {
         const double entry = as_stored(raw_key(row.first_token + path[a], i), entries);
@@ -210,7 +209,7 @@ __global__ void __launch_bounds__(block_threads, 4)
     __syncthreads();
     const double decay = path_decay, beta = betas[t], query_norm = norms[0], key_norm = norms[1];
     // A warp takes four value rows at a time, of which its first lanes finish one each.
-    for (int first = 4 * warp; first < rows; first += 4 * (block_threads / 32)) {
+    for (int first = 4 * warp; first < rows; first += 4 * block_warps) {
       const int own = first + lane;
       const bool finishes = lane < 4 && own < rows;
       float value = 0;
