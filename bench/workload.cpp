@@ -50,12 +50,10 @@ Arguments make_arguments(const Case& item, Device device, const Allocate& alloca
     const WindowLayout layout = window_layout(item.config(), B, item.window, item.entries, T);
     void* const layer = allocate(layout.layer_bytes);
     void* const record = allocate(layout.record_bytes);
+    const TensorView parent = item.tree ? tensor(DType::i32, {B, T}) : TensorView{};
     if (window != nullptr) {
       *window = window_at(layout, layer, record, device);
-      out.window = window;
-      if (item.tree) out.parent = tensor(DType::i32, {B, T});
-    } else if (item.tree) {
-      tensor(DType::i32, {B, T});
+      out.window = window, out.parent = parent;
     }
   }
   return out;
@@ -96,10 +94,10 @@ std::size_t Case::state_bytes() const {
   return static_cast<std::size_t>(batch * config().heads() * value_dim * key_dim) * size_of(state_dtype);
 }
 
-std::int64_t Case::depth() const {
-  std::int64_t depth = 0;
-  for (std::int64_t token = 0; token < tokens; token = 2 * token + 1) ++depth;
-  return depth;
+std::vector<std::int32_t> Case::longest_path() const {
+  std::vector<std::int32_t> path;
+  for (std::int32_t token = 0; token < tokens; token = 2 * token + 1) path.push_back(token);
+  return path;
 }
 
 std::int64_t Case::stores() const { return mode == Mode::update ? 1 : mode == Mode::read_only ? 0 : tokens; }
@@ -207,28 +205,33 @@ void Workload::start_windows(Platform& platform) {
   platform.fill(window.keys, {101, 0, 1 / std::sqrt(static_cast<float>(item_.key_dim))}, item_.threads);
   platform.fill(window.corrections, {102, 0, 0.5f}, item_.threads);
   platform.fill(window.decays, {103, -0.01f, 0.001f}, item_.threads);
-  std::vector<std::int32_t> lengths, order, accepted(static_cast<std::size_t>(item_.batch));
+  std::vector<std::int32_t> lengths, order;
   for (std::int64_t n = 0; n < item_.batch; ++n) {
     lengths.push_back(static_cast<std::int32_t>(n * item_.accepted % item_.window));
     for (std::int64_t i = 0; i < window.record.order.shape[1]; ++i) order.push_back(static_cast<std::int32_t>(i));
   }
   platform.copy_from_host(window.record.length.data, lengths.data(), lengths.size() * sizeof lengths[0]);
   platform.copy_from_host(window.record.order.data, order.data(), order.size() * sizeof order[0]);
-  std::fill(accepted.begin(), accepted.end(), static_cast<std::int32_t>(item_.accepted));
-  accepted_memory_ = platform.allocate(accepted.size() * sizeof accepted[0]);
-  platform.copy_from_host(accepted_memory_.get(), accepted.data(), accepted.size() * sizeof accepted[0]);
-  accepted_ = make_view(accepted_memory_.get(), DType::i32, std::array{item_.batch}, {}, platform.device());
+  // The same for each sequence.
+  const auto for_all = [&](const std::vector<std::int32_t>& of_one) {
+    std::vector<std::int32_t> all;
+    for (std::int64_t n = 0; n < item_.batch; ++n) all.insert(all.end(), of_one.begin(), of_one.end());
+    return all;
+  };
+  const auto place = [&](std::shared_ptr<void>& memory, const std::vector<std::int32_t>& numbers) {
+    memory = platform.allocate(numbers.size() * sizeof numbers[0]);
+    platform.copy_from_host(memory.get(), numbers.data(), numbers.size() * sizeof numbers[0]);
+    return memory.get();
+  };
+  accepted_ = make_view(place(accepted_memory_, for_all({static_cast<std::int32_t>(item_.accepted)})), DType::i32,
+                        std::array{item_.batch}, {}, platform.device());
   if (!item_.tree) return;
-  std::vector<std::int32_t> parents, path;
-  for (std::int64_t n = 0; n < item_.batch; ++n) {
-    for (std::int32_t t = 0; t < item_.tokens; ++t) parents.push_back(t == 0 ? -1 : (t - 1) / 2);
-    for (std::int32_t t = 0; t < item_.tokens; t = 2 * t + 1) path.push_back(t);
-  }
-  const TensorView& parent = instances_.front().parent;
-  platform.copy_from_host(parent.data, parents.data(), parents.size() * sizeof parents[0]);
-  path_memory_ = platform.allocate(path.size() * sizeof path[0]);
-  platform.copy_from_host(path_memory_.get(), path.data(), path.size() * sizeof path[0]);
-  path_ = make_view(path_memory_.get(), DType::i32, std::array{item_.batch, item_.depth()}, {}, platform.device());
+  std::vector<std::int32_t> parents{-1};
+  for (std::int32_t t = 1; t < item_.tokens; ++t) parents.push_back((t - 1) / 2);
+  const std::vector<std::int32_t> all_parents = for_all(parents), path = item_.longest_path();
+  platform.copy_from_host(instances_.front().parent.data, all_parents.data(), all_parents.size() * sizeof all_parents[0]);
+  path_ = make_view(place(path_memory_, for_all(path)), DType::i32,
+                    std::array{item_.batch, static_cast<std::int64_t>(path.size())}, {}, platform.device());
 }
 
 AcceptArguments Workload::accept(const Arguments& arguments) const {

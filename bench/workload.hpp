@@ -48,8 +48,8 @@ struct Case {
   /// Calls after which a window has been folded about as often as it is in the long run.
   std::int64_t cycle() const { return window > 0 ? window * layers : 1; }
   std::size_t state_bytes() const;  ///< of one state for each sequence
-  /// Tokens of the longest path of a tree.
-  std::int64_t depth() const;
+  /// The longest path of a tree, its leftmost.
+  std::vector<std::int32_t> longest_path() const;
   /// How many states of a sequence are written.
   std::int64_t stores() const;
   /// The usual count: 7 operations for each token and each element of a head's state.

@@ -136,7 +136,7 @@ std::vector<Case> named_cases(const Options& options, const Case& base) {
           item.window = options.window;
           item.entries = dtype_of("--entries", options.entries);
           item.tree = options.tree;
-          const std::int64_t longest = item.tree ? item.depth() : count;
+          const std::int64_t longest = item.tree ? static_cast<std::int64_t>(item.longest_path().size()) : count;
           item.accepted = options.accepted > 0 ? options.accepted : longest;
           item.layers = options.layers;
           if (item.window > 0 && (count > item.window || item.accepted > longest))
