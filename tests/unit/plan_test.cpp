@@ -170,6 +170,8 @@ TEST_CASE("a block of a V-last decode has whole rows of the state where V and K 
         .shape.value_lanes;
   };
   CHECK(lanes(128, 128, DType::bf16) == 16);
+  CHECK(lanes(128, 128, DType::f32) == 16);
+  CHECK(lanes(256, 128, DType::f32) == 16);
   CHECK(lanes(256, 64, DType::f32) == 16);
   CHECK(lanes(128, 96, DType::f32) == 8);
   CHECK(lanes(128, 96, DType::bf16) == 4);
