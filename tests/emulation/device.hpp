@@ -43,8 +43,9 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 
 // All lanes take part in all of these.
 template <class T>
-T __shfl_sync(unsigned, T x, int lane) {
-  return gatedelta::emulation::exchange("a shuffle", x)[lane & 31];
+T __shfl_sync(unsigned, T x, int lane, int width = 32) {
+  const int first = gatedelta::emulation::own_lane() & ~(width - 1);
+  return gatedelta::emulation::exchange("a shuffle", x)[first + (lane & (width - 1))];
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {

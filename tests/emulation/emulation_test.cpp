@@ -32,7 +32,7 @@ Result check(const Form& form, Kernel kernel, int token_tile) {
   if (form.update && (form.capacity == 0 || result.folded > 0)) CHECK(result.state.relative() <= limit_of(form.state));
   if (form.snapshots) CHECK(result.snapshots.relative() <= limit_of(form.state));
   if (form.capacity > 0) {
-    CHECK(result.corrections.relative() <= bf16_limit);
+    CHECK(result.corrections.relative() <= limit_of(form.entry_dtype));
     CHECK(result.decays <= 1e-5);
     CHECK(result.keys == 0);
   }
@@ -86,6 +86,35 @@ TEST_CASE("replay") {
   CHECK(unfolded > 0);
 }
 
+TEST_CASE("recurrent") {
+  for (const DType state : states)
+    for (const std::int64_t K : {64, 128, 256})
+      for (const bool usual : {true, false}) {
+        // Inputs that are not bfloat16, and V-last states after each token.
+        Form form{state, usual ? 2 : 4, K, usual ? 160 : 96, {}, 2, 4, usual, false, usual, K != 64};
+        form.inputs = usual ? DType::f32 : DType::f16;
+        check(form, Kernel::recurrent, 0);
+        form.value_last = true;
+        check(form, Kernel::recurrent, 0);
+        check({state, usual ? 3 : 21, K, usual ? 96 : 64, {}, 1, 2, usual, true, true, K != 64}, Kernel::recurrent, 0);
+      }
+}
+
+TEST_CASE("recurrent, with a window") {
+  for (const DType state : states)
+    for (const DType entries : {DType::bf16, DType::f32})
+      for (const std::int64_t K : {64, 128, 256})
+        for (const bool value_last : {false, true})
+          for (const std::int64_t P : {0, 7, 16, 37}) {
+            if (state == DType::f16 && P != 7) continue;  // as bfloat16
+            const std::int64_t T = P == 7 ? 11 : P == 37 ? 20 : 1;
+            if (entries == DType::bf16 && K < 256 && !value_last && T <= 8) continue;  // the fast form
+            Form form{state, T, K, P == 16 ? 160 : 96, {}, 2, 4, P == 7, value_last, false, true, P == 37 ? 48 : 16, P};
+            form.entry_dtype = entries;
+            check(form, Kernel::recurrent, 0);
+          }
+}
+
 TEST_CASE("serving") {
   for (const DType state : states)
     for (const std::int64_t T : {3, 4, 7, 8, 11, 16}) {
@@ -94,8 +123,10 @@ TEST_CASE("serving") {
         const bool usual = T % 3 != 0;
         // The final state, snapshots as well, snapshots alone, outputs alone.
         check({state, T, 128, 64, shape(0, 4, 16), 1, 2, usual, value_last}, Kernel::serving, tile);
-        check({state, T, 128, 96, shape(0, 2, 32), 1, 1, !usual, value_last, true}, Kernel::serving, tile);
-        check({state, T, 64, 96, shape(0, 1, 64), 1, 2, usual, value_last, true, false}, Kernel::serving, tile);
+        const Kernel each = value_last ? Kernel::recurrent : Kernel::serving;
+        const int each_tile = value_last ? 0 : tile;
+        check({state, T, 128, 96, shape(0, 2, 32), 1, 1, !usual, value_last, true}, each, each_tile);
+        check({state, T, 64, 96, shape(0, 1, 64), 1, 2, usual, value_last, true, false}, each, each_tile);
         check({state, T, 64, 64, shape(0, 2, 16), 2, 2, true, value_last, false, false}, Kernel::serving, tile);
       }
     }
@@ -144,7 +175,7 @@ TEST_CASE("how a call is cut into blocks does not change a bit") {
       agree({state, 1, K, 128, {}, 1, 2, true, true}, Kernel::decode, 0, {shape(4, 2, 1), shape(8, 4, 1), shape(16, 4, 1)});
     for (const bool value_last : {false, true}) {
       for (const std::int64_t T : {2, 7, 12})
-        agree({state, T, 128, 64, {}, 1, 2, true, value_last, true}, Kernel::serving, tile_of(T),
+        agree({state, T, 128, 64, {}, 1, 2, true, value_last, !value_last}, Kernel::serving, tile_of(T),
               {shape(0, 1, 16), shape(0, 4, 16), shape(0, 2, 32), shape(0, 1, 64)});
     }
     for (const std::int64_t T : {1, 3, 8})
@@ -156,10 +187,10 @@ TEST_CASE("how a call is cut into blocks does not change a bit") {
 
 TEST_CASE("verify") {
   for (const DType state : states)
-    for (const std::int64_t T : {3, 17}) {
+    for (const std::int64_t T : {5, 17}) {
       // A key dimension that is not for the serving form, or too many tokens.
       check({state, T, 256, 64, shape(0, 1, 32), 1, 2, true}, Kernel::verify, 8);
-      if (T > 16) check({state, T, 128, 64, shape(0, 1, 16), 1, 2, true, true, true}, Kernel::verify, 16);
+      if (T > 16) check({state, T, 128, 64, shape(0, 1, 16), 1, 2, true, true}, Kernel::verify, 16);
       // Inputs of more than one part, normalised or not, in one turn and in several.
       for (const DType inputs : {DType::f16, DType::f32})
         for (const std::int64_t K : {128, 256})

@@ -18,6 +18,13 @@ std::int64_t entries_of(const Form& form, std::int64_t n) {
   return n == 0 ? form.entries : std::max<std::int64_t>(form.entries - 3, 0);
 }
 
+/// To bfloat16.
+double rounded(double x) {
+  std::uint16_t stored = 0;
+  store_element(&stored, DType::bf16, x);
+  return load_element(&stored, DType::bf16);
+}
+
 /// Elements of the last dimensions that are not what they were.
 template <class... Index>
 std::int64_t changes(const TensorView& now, const TensorView& before, Index... index) {
@@ -39,6 +46,7 @@ std::string Form::text() const {
                     std::to_string(shape.heads) + ":" + std::to_string(shape.warps) + ":" + std::to_string(shape.span);
   if (capacity > 0) out += " W " + std::to_string(capacity) + " P " + std::to_string(entries);
   if (tree) out += " tree";
+  if (entry_dtype != DType::bf16) out += std::string(" entries ") + std::string(name_of(entry_dtype));
   if (inputs != DType::bf16) out += std::string(" inputs ") + std::string(name_of(inputs));
   return out + (usual ? "" : " unusual") + (value_last ? " V-last" : "") + (snapshots ? " snapshots" : "") +
          (update ? "" : " read-only");
@@ -106,8 +114,8 @@ void Scene::make_window() {
   const std::int64_t HK = form_.k_heads, H = form_.heads, K = form_.key_dim, V = form_.value_dim;
   const std::int64_t R = form_.capacity + form_.tokens + 1;  // not all of a ring need be in use
   const auto normal = [&] { return std::normal_distribution<double>()(random_); };
-  window_.keys = make(DType::bf16, {slots, HK, R, K});
-  window_.corrections = make(DType::bf16, {slots, H, R, V});
+  window_.keys = make(form_.entry_dtype, {slots, HK, R, K});
+  window_.corrections = make(form_.entry_dtype, {slots, H, R, V});
   window_.decays = make(DType::f32, {slots, H, R});
   window_.record = {form_.capacity, make(DType::i32, {slots}), make(DType::i32, {slots, R})};
   const double key_size = 1 / std::sqrt(static_cast<double>(K));
@@ -160,7 +168,7 @@ Result Scene::run(cuda::Kernel kernel, int token_tile) {
   if (result.fault.empty() && fault.kind != 0) result.fault = text(fault);
   if (!result.fault.empty()) return result;
   for (std::int64_t n = 0; n < rows; ++n)
-    for (std::int64_t h = 0; h < form_.heads; ++h) expect(result, n, h);
+    for (std::int64_t h = 0; h < form_.heads; ++h) expect(result, n, h, kernel == cuda::Kernel::recurrent);
   count_untouched(result);
   return result;
 }
@@ -173,7 +181,7 @@ std::string Scene::bits() const {
   return out;
 }
 
-void Scene::expect(Result& result, std::int64_t n, std::int64_t h) {
+void Scene::expect(Result& result, std::int64_t n, std::int64_t h, bool as_stored) {
   const std::int64_t T = form_.tokens, K = form_.key_dim, V = form_.value_dim, slot = read_slots[n];
   const std::int64_t hk = h / (form_.heads / form_.k_heads), P = entries_of(form_, n);
   if (slot < 0) {
@@ -239,9 +247,11 @@ void Scene::expect(Result& result, std::int64_t n, std::int64_t h) {
         recalled += s[k] * key[k];
       }
       const double u = beta * (load(in_.v, n, t, h, v) - recalled);
+      double kept = u;
+      if (as_stored && form_.capacity > 0 && form_.entry_dtype == DType::bf16) kept = rounded(key_factor * u) / key_factor;
       for (std::size_t k = 0; k < key.size(); ++k) {
-        s[k] += u * key[k];
-        out += s[k] * query[k];
+        out += (s[k] + u * key[k]) * query[k];
+        s[k] += kept * key[k];
       }
       result.output.add(load(in_.o, n, t, h, v), out);
       if (form_.capacity > 0) result.corrections.add(load(window_.corrections, slot, h, place, v), key_factor * u);

@@ -26,6 +26,7 @@ struct Form {
   std::int64_t capacity = 0, entries = 0;
   DType inputs = DType::bf16;  ///< of q, k, v and o
   bool tree = false;           ///< with a window: the tokens are drafts with parents
+  DType entry_dtype = DType::bf16;
 
   std::string text() const;
 };
@@ -73,7 +74,8 @@ class Scene {
   /// The token before t, or -1.
   std::int64_t before(std::int64_t n, std::int64_t t) const;
 
-  void expect(Result& result, std::int64_t n, std::int64_t h);
+  /// `as_stored`: tokens see the corrections of others in the dtype of entries.
+  void expect(Result& result, std::int64_t n, std::int64_t h, bool as_stored);
   void count_untouched(Result& result) const;
 
   Form form_;

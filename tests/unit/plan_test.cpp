@@ -58,7 +58,9 @@ Plan plan_of(const Form& form) {
                              : memory.make(d.state, {1000, 32, form.value_dim, form.key_dim}, form.misaligned);
   in.read_slots = memory.make(DType::i32, {form.rows});
   if (form.variable) in.cu_seqlens = memory.make(DType::i32, {form.rows + 1});
-  if (form.snapshots) in.snapshots = memory.make(d.snapshots, {form.rows, T, 32, form.value_dim, form.key_dim});
+  if (form.snapshots)
+    in.snapshots = form.value_last ? memory.make(d.snapshots, {form.rows, T, 32, form.key_dim, form.value_dim}).transposed(3, 4)
+                                   : memory.make(d.snapshots, {form.rows, T, 32, form.value_dim, form.key_dim});
   return make_plan(make_params(validate(config, in)));
 }
 
@@ -160,7 +162,10 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
   CHECK(plan_of({.value_dim = 100}).kernel == Kernel::generic);
   CHECK(plan_of({.value_dim = 96}).kernel == Kernel::decode);
   CHECK_FALSE(plan_of({.activations = DType::f16}).common);
-  CHECK(plan_of({.tokens = 4, .activations = DType::f16}).kernel == Kernel::verify);
+  CHECK(plan_of({.tokens = 5, .activations = DType::f16}).kernel == Kernel::verify);
+  CHECK(plan_of({.tokens = 4, .activations = DType::f16}).kernel == Kernel::recurrent);
+  CHECK(plan_of({.tokens = 4, .value_last = true}).kernel == Kernel::serving);
+  CHECK(plan_of({.tokens = 4, .value_last = true, .snapshots = true}).kernel == Kernel::recurrent);
   CHECK(plan_of({.tokens = 4, .snapshots = true}).kernel == Kernel::serving);
 }
 
@@ -193,7 +198,7 @@ TEST_CASE("a shape for measuring is three numbers") {
   CHECK_THROWS_AS(parse_shape("8:2:16:stays"), Error);
 }
 
-TEST_CASE("random windows reach every form of the fast kernel") {
+TEST_CASE("random windows reach every form of the fast kernels") {
   Watching watching;
   verify::WindowChecker checker(watching, device::host_memory());
   for (std::int64_t i = 0; i < 40; ++i) checker.run(verify::make_window_scenario(1, i));
@@ -202,8 +207,9 @@ TEST_CASE("random windows reach every form of the fast kernel") {
     CAPTURE(token_tile);
     CHECK(watching.calls[{Kernel::replay, token_tile}] >= 3);
   }
+  CHECK(watching.calls[{Kernel::recurrent, 0}] >= 5);
   CHECK(watching.fast_trees >= 3);
-  CHECK(watching.calls[{Kernel::generic, 0}] >= 20);
+  CHECK(watching.calls[{Kernel::generic, 0}] >= 5);
 }
 
 TEST_CASE("random cases reach every form of the fast kernels") {
@@ -217,8 +223,9 @@ TEST_CASE("random cases reach every form of the fast kernels") {
       instance.add_workspace(op.workspace_size(instance.arguments()));
       op.forward(instance.arguments());
     }
-  const std::pair<Kernel, int> forms[] = {{Kernel::decode, 0},  {Kernel::verify, 8},  {Kernel::verify, 16},
-                                          {Kernel::serving, 4}, {Kernel::serving, 8}, {Kernel::serving, 16}};
+  const std::pair<Kernel, int> forms[] = {{Kernel::decode, 0},   {Kernel::verify, 8},  {Kernel::verify, 16},
+                                          {Kernel::serving, 4},  {Kernel::serving, 8}, {Kernel::serving, 16},
+                                          {Kernel::recurrent, 0}};
   for (const auto& form : forms) {
     CAPTURE(static_cast<int>(form.first));
     CAPTURE(form.second);

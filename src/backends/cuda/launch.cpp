@@ -7,12 +7,15 @@ namespace gatedelta::cuda {
 namespace {
 
 constexpr std::size_t shared_without_asking = 47 * 1024;  // 48, with the kernels' own
+constexpr std::size_t most_shared = 226 * 1024;           // 227 on the devices of the fast kernels
 
 int parts_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
 
 template <DType state>
-FastKernel kernel_of(const Plan& plan, std::int64_t key_dim) {
+FastKernel kernel_of(const Plan& plan, std::int64_t key_dim, bool replays) {
   switch (plan.kernel) {
+    case Kernel::recurrent:
+      return recurrent_kernel_of<state>(plan, key_dim, replays);
     case Kernel::decode:
       return decode_kernel_of<state>(plan, key_dim);
     case Kernel::serving:
@@ -24,14 +27,14 @@ FastKernel kernel_of(const Plan& plan, std::int64_t key_dim) {
   }
 }
 
-FastKernel find_kernel(const Plan& plan, DType state, std::int64_t key_dim) {
+FastKernel find_kernel(const Plan& plan, DType state, std::int64_t key_dim, bool replays) {
   switch (state) {
     case DType::f32:
-      return kernel_of<DType::f32>(plan, key_dim);
+      return kernel_of<DType::f32>(plan, key_dim, replays);
     case DType::f16:
-      return kernel_of<DType::f16>(plan, key_dim);
+      return kernel_of<DType::f16>(plan, key_dim, replays);
     default:
-      return kernel_of<DType::bf16>(plan, key_dim);
+      return kernel_of<DType::bf16>(plan, key_dim, replays);
   }
 }
 
@@ -107,19 +110,28 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
     what.shared_bytes = static_cast<std::size_t>((params.slice_rows + 2) * params.key_dim) * sizeof(float);
     return launch(what, params.dependent, const_cast<ForwardParams*>(&params), stream);
   }
-  const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim);
+  const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim, false);
   p.stores_stay = plan.shape.stores_stay;
   p.parts = std::max(parts_of(p.q.dtype), parts_of(p.k.dtype));
   std::size_t warp_bytes = kernel.bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
   if (p.store_tokens || p.snapshots.data != nullptr) warp_bytes += kernel.each_bytes;
-  return launch_fast(kernel, plan.shape, warp_bytes, kernel.block_bytes, p, rows, stream);
+  const std::size_t block_bytes = kernel.block_bytes + static_cast<std::size_t>(kernel.tokens) * kernel.token_bytes;
+  return launch_fast(kernel, plan.shape, warp_bytes, block_bytes, p, rows, stream);
 }
 
 cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& params, cudaStream_t stream) {
   ReplayParams<FastParams> p{};
-  if (params.rows == 0 || plan.kernel != Kernel::replay || !narrow(params, p)) return launch_generic_replay(params, stream);
+  const std::int64_t rows = params.rows + (params.cu_seqlens.data != nullptr ? 1 : 0);
+  if (rows == 0 || plan.kernel == Kernel::generic || !narrow(params, p)) return launch_generic_replay(params, stream);
   p.window = params.window, p.parent = params.parent;
-  const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim);
+  const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim, true);
+  if (plan.kernel == Kernel::recurrent) {
+    // A row with more tokens than the ring has room for is a fault.
+    const std::int64_t room = std::min(p.window.capacity, p.window.ring - p.window.capacity);
+    const std::size_t bytes = kernel.block_bytes + static_cast<std::size_t>(std::min(p.tokens, room)) * kernel.token_bytes;
+    if (bytes > most_shared) return launch_generic_replay(params, stream);
+    return launch_fast(kernel, plan.shape, 0, bytes, p, rows, stream);
+  }
   const auto heads = static_cast<std::uint32_t>(plan.shape.heads);
   p.block_heads = heads, p.team = make_group(team_of(p, heads));
   const std::uint32_t teams = (heads + p.team.count - 1) / p.team.count;
@@ -129,7 +141,7 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
                                             static_cast<std::size_t>(p.value_dim) * kernel.head_value_bytes);
   p.team_bytes = static_cast<std::uint32_t>(kernel.team_bytes + groups * kernel.team_group_bytes);
   return launch_fast(kernel, plan.shape, kernel.bytes + groups * kernel.group_bytes,
-                     heads * p.head_bytes + teams * p.team_bytes, p, params.rows, stream, plan.shape.heads);
+                     heads * p.head_bytes + teams * p.team_bytes, p, rows, stream, plan.shape.heads);
 }
 
 }  // namespace gatedelta::cuda

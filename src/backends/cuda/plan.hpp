@@ -10,7 +10,7 @@ namespace gatedelta::cuda {
 
 constexpr std::int64_t max_grid_yz = 65535;
 
-enum class Kernel : std::uint8_t { generic, decode, verify, serving, replay };
+enum class Kernel : std::uint8_t { generic, decode, verify, serving, replay, recurrent };
 /// Which states a call stores: that after a row's last token, or after each.
 enum class Stores : std::uint8_t { none, last, each };
 
@@ -79,6 +79,9 @@ struct FastKernel {
   std::size_t group_bytes = 0;  ///< of a warp, for each group of entries of a window
   // Replay, for each head of a block: in any case, for each 16 entries, for each value row; and for heads that share a key.
   std::size_t head_bytes = 0, head_group_bytes = 0, head_value_bytes = 0, team_bytes = 0, team_group_bytes = 0;
+  // Recurrent: of a block, for each token that it has there, and how many it has of a call without a window.
+  std::size_t token_bytes = 0;
+  int tokens = 0;
   int warps = 0;  ///< of a block, where the kernel wants as many and has its rows at once
 };
 // The device code, by state dtype.
@@ -90,6 +93,8 @@ template <DType state>
 FastKernel serving_kernel_of(const Plan& plan, std::int64_t key_dim);
 template <DType state>
 FastKernel replay_kernel_of(const Plan& plan, std::int64_t key_dim);
+template <DType state>
+FastKernel recurrent_kernel_of(const Plan& plan, std::int64_t key_dim, bool replays);
 const void* generic_kernel();
 cudaError_t launch_generic_replay(const ReplayParams<ForwardParams>& params, cudaStream_t stream);
 

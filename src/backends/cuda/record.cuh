@@ -79,4 +79,24 @@ struct RecordRow {
   }
 };
 
+/// Of drafts in a tree, at most max_tokens of them, bit i says whether token `lane` of row n sees token i: its ancestors and
+/// itself. `batch` and `first` are where the row's tokens begin in `parent`. Bad parents are recorded where `records`.
+template <int max_tokens, class P, class Index>
+__device__ __forceinline__ unsigned path_in_tree(const P& p, unsigned n, Index batch, Index first, int tokens, int lane,
+                                                 bool records, bool& good) {
+  int parent = -1;
+  if (lane < tokens) parent = static_cast<int>(index_at(p.parent, batch, first + static_cast<Index>(lane)));
+  const bool bad = parent < -1 || parent >= lane;
+  if (records && bad) record(p.fault, FaultKind::parent, n, parent, lane - 1);
+  good = !__any_sync(0xffffffffu, bad);
+  unsigned path = 1u << lane;
+#pragma unroll 1
+  for (int i = 1; i < max_tokens; ++i) {
+    const int from = __shfl_sync(0xffffffffu, parent, i);
+    const unsigned before = __shfl_sync(0xffffffffu, path, from & 31);
+    if (lane == i && from >= 0) path |= before;
+  }
+  return path;
+}
+
 }  // namespace gatedelta::cuda

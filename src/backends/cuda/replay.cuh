@@ -85,26 +85,6 @@ struct ReplayRow {
   }
 };
 
-/// Of drafts in a tree, bit i says whether token t, of each lane its own, sees token i: its ancestors and itself. Bad parents
-/// are recorded where `records`.
-template <int token_tile>
-__device__ __forceinline__ unsigned path_in_tree(const ReplayParams<FastParams>& p, unsigned n, int t, int lane, bool records,
-                                                 bool& good) {
-  int parent = -1;
-  if (lane < static_cast<int>(p.tokens)) parent = static_cast<int>(index_at(p.parent, n, lane));
-  const bool bad = parent < -1 || parent >= lane;
-  if (records && bad) record(p.fault, FaultKind::parent, n, parent, lane - 1);
-  good = !__any_sync(0xffffffffu, bad);
-  unsigned path = 1u << lane;
-#pragma unroll 1
-  for (int i = 1; i < token_tile; ++i) {
-    const int from = __shfl_sync(0xffffffffu, parent, i);
-    const unsigned before = __shfl_sync(0xffffffffu, path, from & 31);
-    if (lane == i && from >= 0) path |= before;
-  }
-  return __shfl_sync(0xffffffffu, path, t);
-}
-
 /// One warp's work for the heads of a team from h on: what the entries of the window are to its tokens. `notes_of` gives the
 /// notes of a head.
 template <class Rows, int token_tile, class Tokens>
@@ -397,7 +377,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   bool good = true;
   unsigned path = (2u << g % token_tile) - 1;
   if (token_tile > 1 && p.parent.data != nullptr)
-    path = path_in_tree<token_tile>(p, n, g % token_tile, lane, blockIdx.x == 0 && warp == 0, good);
+    path = __shfl_sync(0xffffffffu, path_in_tree<token_tile>(p, n, n, 0u, count, lane, blockIdx.x == 0 && warp == 0, good),
+                       g % token_tile);
   slots.resolve(p, n);
   ReplayRow row{n, slots.source, {}};
   const auto slot = static_cast<unsigned>(row.slot);

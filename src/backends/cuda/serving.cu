@@ -15,7 +15,7 @@ FastKernel describe() {
           Unit::rows,
           serving_stages<value_last> * serving_stage_bytes<Unit, token_tile>,
           0,
-          Unit::bytes,
+          value_last ? 0 : Unit::bytes,
           ServingTokens<Unit, token_tile>::shared_bytes};
 }
 

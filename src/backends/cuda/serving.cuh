@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(
   cudaTriggerProgrammaticLaunchCompletion();
 
   extern __shared__ uint4 shared[];
-  const bool stores_each = (!common && p.store_tokens) || p.snapshots.data != nullptr;
+  const bool stores_each = !value_last && ((!common && p.store_tokens) || p.snapshots.data != nullptr);
   char* const memory = shared_address(
       shared, Tokens::shared_bytes + warp * (stages * stage_bytes + (stores_each ? static_cast<unsigned>(Unit::bytes) : 0)));
   const auto unit_at = [&](int stage) {
@@ -238,20 +238,20 @@ __global__ void __launch_bounds__(
 #pragma unroll
           for (int half = 0; half < halves; ++half) to.store(state[half], m, half, i);
         }
-        if (value_last && !stores_each) continue;
+        if (value_last) continue;
         __syncwarp();
-        if (t == count - 1 && slots.final_slot >= 0) to.write_tile(state_at(slots.final_slot, unit_begin), unit_rows, m);
+        if (t == count - 1 && slots.final_slot >= 0) to.write(state_at(slots.final_slot, unit_begin), unit_rows);
         if (p.snapshots.data != nullptr)
-          to.write_tile(static_cast<State*>(p.snapshots.data) + offset_of(p.snapshots, n, static_cast<unsigned>(t), h) +
-                            Unit::offset(unit_begin),
-                        unit_rows, m);
+          to.write(static_cast<State*>(p.snapshots.data) + offset_of(p.snapshots, n, static_cast<unsigned>(t), h) +
+                       Unit::offset(unit_begin),
+                   unit_rows);
         if (!common && p.store_tokens)
           if (const std::int32_t slot = __shfl_sync(0xffffffffu, slots.token_slot, t); slot >= 0)
-            to.write_tile(state_at(slot, unit_begin), unit_rows, m);
+            to.write(state_at(slot, unit_begin), unit_rows);
         __syncwarp();
       }
     }
-    if (value_last && !stores_each && slots.final_slot >= 0) {
+    if (value_last && slots.final_slot >= 0) {
       __syncwarp();
       unit.write(state_at(slots.final_slot, unit_begin), unit_rows);
     }

@@ -32,21 +32,17 @@ class StateUnit {
 
   /// Starts the copy of a unit whose first element is *from and which has `count` value rows.
   __device__ void fetch(const State* from, int count) const {
-    for_each_vector<line_vectors>(from, count, 0,
-                                  [](char* to, const State* vector) { __pipeline_memcpy_async(to, vector, 16); });
+    for_each_vector(from, count, [](char* to, const State* vector) { __pipeline_memcpy_async(to, vector, 16); });
   }
   /// Of a row that starts from zero.
   __device__ void clear() const {
-    for_each_vector<line_vectors>(static_cast<State*>(nullptr), rows, 0,
-                                  [](char* to, State*) { *reinterpret_cast<uint4*>(to) = uint4{}; });
+    for_each_vector(static_cast<State*>(nullptr), rows, [](char* to, State*) { *reinterpret_cast<uint4*>(to) = uint4{}; });
   }
-  /// Copies it back, or of a V-last one only tile m. All lanes must have stored what they have of it.
-  __device__ void write(State* to, int count) const { write_vectors<line_vectors>(to, count, 0); }
-  __device__ void write_tile(State* to, int count, int m) const {
-    if constexpr (value_last)
-      write_vectors<tile_rows / width>(to + m * tile_rows, count - m * tile_rows, m * (tile_rows / width));
-    else
-      write(to, count);
+  /// Copies it back. All lanes must have stored what they have of it.
+  __device__ void write(State* to, int count) const {
+    for_each_vector(to, count, [&](const char* from, State* vector) {
+      store_vector(vector, *reinterpret_cast<const uint4*>(from), stores_stay_);
+    });
   }
 
   /// A lane's words of one run of tile m, from shared memory and back.
@@ -122,10 +118,10 @@ class StateUnit {
                                             value % width * 4 + (4 * width * i + e) * line_bytes);
   }
 
-  /// Calls function(address in shared memory, address in device memory) for the lane's vectors of each line: `vectors`, from
-  /// `skipped`.
-  template <int vectors, class Pointer, class Function>
-  __device__ __forceinline__ void for_each_vector(Pointer* first, int count, int skipped, Function function) const {
+  /// Calls function(address in shared memory, address in device memory) for the lane's vectors of each line.
+  template <class Pointer, class Function>
+  __device__ __forceinline__ void for_each_vector(Pointer* first, int count, Function function) const {
+    constexpr int vectors = line_vectors;
     static_assert(vectors <= 32 && lines * vectors % 32 == 0);
     constexpr int step = 32 / vectors;  // lines
     const int line = lane_ / vectors, vector = lane_ % vectors;
@@ -140,17 +136,9 @@ class StateUnit {
       const int by_4 = (step <= 4 ? i * step / 4 : line / 4 + i * step / 4) % 4;
       const int by_1 = (step == 1 ? i : line) % 2;
       const int swizzle = !value_last ? by_1 * 4 : pair_words == 1 ? by_8 * 2 + by_1 : by_4 * 2;
-      function(memory_ + line * line_bytes + ((vector + skipped) ^ swizzle) * 16 + i * (step * line_bytes),
-               first + i * step * stride);
+      function(memory_ + line * line_bytes + (vector ^ swizzle) * 16 + i * (step * line_bytes), first + i * step * stride);
     }
   }
-  template <int vectors>
-  __device__ __forceinline__ void write_vectors(State* to, int count, int skipped) const {
-    for_each_vector<vectors>(to, count, skipped, [&](const char* from, State* vector) {
-      store_vector(vector, *reinterpret_cast<const uint4*>(from), stores_stay_);
-    });
-  }
-
   char* const memory_;
   const int lane_, value_dim_;
   const bool stores_stay_;
