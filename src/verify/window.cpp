@@ -115,6 +115,9 @@ class ScenarioGenerator {
       } else {
         for (std::int64_t t = random_.integer(-1, tokens[n] - 1); t >= 0; t = parent[t]) path.insert(path.begin(), t);
       }
+      // What padding has in this place is nobody's business.
+      if (step.slots[static_cast<std::size_t>(n)] <= s_.config.null_slot)
+        for (std::int64_t& t : parent) t = random_.integer(-9, 99);
       if (tree) step.parents.insert(step.parents.end(), parent.begin(), parent.end());
       step.accepted.push_back(static_cast<std::int64_t>(path.size()));
       step.paths.push_back(std::move(path));

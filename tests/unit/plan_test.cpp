@@ -68,7 +68,7 @@ Plan plan_of(const Form& form) {
 class Watching final : public Backend {
  public:
   std::map<std::pair<Kernel, int>, int> calls;
-  int fast_trees = 0;
+  int fast_trees = 0, fast_sequences = 0;
   bool computes = true;
 
   std::string_view name() const noexcept override { return "watching"; }
@@ -80,6 +80,7 @@ class Watching final : public Backend {
     const Plan plan = call.problem.window ? make_replay_plan(make_replay_params(call)) : make_plan(make_params(call));
     ++calls[{plan.kernel, plan.token_tile}];
     fast_trees += call.problem.tree && plan.kernel == Kernel::replay;
+    fast_sequences += call.arguments->cu_seqlens.defined() && plan.kernel == Kernel::replay;
     if (computes) reference_.forward(call);
   }
   void commit(const Config& config, const CommitArguments& in) override { reference_.commit(config, in); }
@@ -209,6 +210,7 @@ TEST_CASE("random windows reach every form of the fast kernels") {
   }
   CHECK(watching.calls[{Kernel::recurrent, 0}] >= 5);
   CHECK(watching.fast_trees >= 3);
+  CHECK(watching.fast_sequences >= 3);
   CHECK(watching.calls[{Kernel::generic, 0}] >= 5);
 }
 

@@ -127,9 +127,10 @@ class TokenColumns {
   /// Four of them, from the pair of this number in the order of i and j.
   __device__ void load_pairs(Pair (&out)[4], int block, int first) const { copy_pairs(out, words_[block], first); }
 
-  __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int count, int g, int c) {
-    const auto token = static_cast<unsigned>(g % token_tile);
-    const bool is_token = static_cast<int>(token) < count;
+  /// `first`: where the row's tokens begin.
+  __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int count, int g, int c, unsigned first = 0) {
+    const auto token = first + static_cast<unsigned>(g % token_tile);
+    const bool is_token = g % token_tile < count;
 #pragma unroll
     for (int block = 0; block < blocks; ++block) {
       const bool query = beside ? g >= 4 : block == 1;
@@ -137,8 +138,8 @@ class TokenColumns {
     }
   }
   template <bool common>
-  __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int count, int g) {
-    if (const int token = g % token_tile; token < count) gates_.fetch<common>(p, n, static_cast<unsigned>(token), h);
+  __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int count, int g, unsigned first = 0) {
+    if (const int token = g % token_tile; token < count) gates_.fetch<common>(p, n, first + static_cast<unsigned>(token), h);
   }
 
   /// Hands what was fetched to the other warps of the block, where they have no columns of their own.
@@ -308,11 +309,11 @@ class TokenColumns<key_dim, 1, width> {
   __device__ Pair pair(int block, int i, int j) const { return words_[block][i][j]; }
   __device__ const Pair (&run(int block, int i) const)[width / 2] { return words_[block][i]; }
 
-  __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int, int g, int c) {
+  __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int, int g, int c, unsigned = 0) {
     fetch_column<width>(words_[0], p, g == 1, g < 2, n, 0u, h, c);
   }
   template <bool common>
-  __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int, int) {
+  __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int, int, unsigned = 0) {
     gates_.fetch<common>(p, n, 0u, h);
   }
 

@@ -61,8 +61,9 @@ struct Params {
   bool stores_stay;  ///< in the L2 cache, of the states that decode and serving store
   Fault* fault;      ///< the device's record
   std::int64_t rows, tokens;
+  Tensor<Stride, 1> cu_seqlens;
   Tensor<Stride, 2> token_slots;
-  Tensor<Stride, 1> accepted, cu_seqlens;
+  Tensor<Stride, 1> accepted;
   Tensor<std::int64_t, 5> snapshots;
   std::int64_t token_room, snapshot_room;
   std::int32_t key_dim, slice_rows, slices;

@@ -72,7 +72,7 @@ bool has_usual_gates(const ForwardParams& p) {
          p.beta.dtype == DType::bf16 && !p.store_tokens && p.accepted.data == nullptr;
 }
 
-int token_tile_of(const ForwardParams& p) { return p.tokens == 1 ? 1 : p.tokens <= 4 ? 4 : p.tokens <= 8 ? 8 : 16; }
+int token_tile_of(std::int64_t tokens) { return tokens == 1 ? 1 : tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16; }
 
 /// More than 8 tokens move 16 bytes of v and o at a time.
 bool fits_serving(const ForwardParams& p) {
@@ -171,7 +171,7 @@ Plan make_plan(const ForwardParams& p) {
     plan.kernel = Kernel::recurrent;
   } else if (vectors && fits_serving(p)) {
     plan.kernel = Kernel::serving;
-    plan.token_tile = token_tile_of(p);
+    plan.token_tile = token_tile_of(p.tokens);
     plan.common = usual;
   } else if (!variable && p.tokens == 1) {
     plan.kernel = Kernel::decode;
@@ -198,15 +198,19 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
     plan.value_last = true;
   else
     return plan;
+  // Of sequences of different lengths, each must have room in the window.
+  const bool variable = p.cu_seqlens.data != nullptr;
+  const std::int64_t tokens =
+      variable ? std::max<std::int64_t>(std::min(window.capacity, window.ring - window.capacity), 2) : p.tokens;
   // A block has all of v of its heads in shared memory.
-  if (plan.value_last || p.key_dim == 256 || p.value_dim > 512 || p.tokens < 1 || p.tokens > 8 ||
-      p.cu_seqlens.data != nullptr || (p.parent.data != nullptr && p.tokens == 1) || !has_serving_form(p, false) ||
-      !has_vectors(p.v, 3, 8) || window.keys.dtype != DType::bf16) {
+  if (plan.value_last || p.key_dim == 256 || p.value_dim > 512 || tokens < 1 || tokens > 8 || p.rows == 0 ||
+      (p.parent.data != nullptr && tokens == 1) || !has_serving_form(p, false) || !has_vectors(p.v, 3, 8) ||
+      window.keys.dtype != DType::bf16) {
     if (p.parent.data == nullptr) plan.kernel = Kernel::recurrent;
     return plan;
   }
   plan.kernel = Kernel::replay;
-  plan.token_tile = token_tile_of(p);
+  plan.token_tile = token_tile_of(tokens);
   plan.common = has_usual_gates(p);
   choose_shape(p, Stores::last, plan);
   return plan;

@@ -79,13 +79,10 @@ struct RecordRow {
   }
 };
 
-/// Of drafts in a tree, at most max_tokens of them, bit i says whether token `lane` of row n sees token i: its ancestors and
-/// itself. `batch` and `first` are where the row's tokens begin in `parent`. Bad parents are recorded where `records`.
-template <int max_tokens, class P, class Index>
-__device__ __forceinline__ unsigned path_in_tree(const P& p, unsigned n, Index batch, Index first, int tokens, int lane,
-                                                 bool records, bool& good) {
-  int parent = -1;
-  if (lane < tokens) parent = static_cast<int>(index_at(p.parent, batch, first + static_cast<Index>(lane)));
+/// Of drafts in a tree, at most max_tokens of them, bit i says whether token `lane` of row n, whose parent is given, sees token
+/// i: its ancestors and itself. Lanes without a token have -1. Bad parents are recorded where `records`.
+template <int max_tokens, class P>
+__device__ __forceinline__ unsigned path_in_tree(const P& p, unsigned n, int parent, int lane, bool records, bool& good) {
   const bool bad = parent < -1 || parent >= lane;
   if (records && bad) record(p.fault, FaultKind::parent, n, parent, lane - 1);
   good = !__any_sync(0xffffffffu, bad);

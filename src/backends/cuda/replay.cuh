@@ -70,7 +70,8 @@ struct HeadNotes {
 
 /// A row, as each warp of its block knows it.
 struct ReplayRow {
-  unsigned n;
+  unsigned batch, first_token;  ///< where its tokens begin
+  int count;
   std::int32_t slot;
   RecordRow record;
 
@@ -115,7 +116,7 @@ class Entries {
     const auto notes = notes_of(h);
     const int lane = notes.lane, g = lane / 4, c = lane % 4;
     const int P = row.record.length, used = (P + group_entries - 1) / group_entries;
-    const bool folds = P + static_cast<int>(p.tokens) > p.window.capacity;
+    const bool folds = P + row.count > p.window.capacity;
 
 #pragma unroll
     for (int i = 0; i < replay_max_heads; ++i) {
@@ -219,8 +220,8 @@ class Entries {
 /// And another's: what the tokens are to each other. One token of a team's heads differs in the gates alone, and lane i has
 /// those of head h + i; of more tokens a head is a warp's work.
 template <int token_tile, bool common, class Tokens, class NotesOf>
-__device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p, unsigned path, unsigned h, int heads,
-                                               bool leads, Tokens& tokens, const NotesOf& notes_of) {
+__device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p, int count, unsigned path, unsigned h,
+                                               int heads, bool leads, Tokens& tokens, const NotesOf& notes_of) {
   const auto notes = notes_of(h);
   const int lane = notes.lane, g = lane / 4, c = lane % 4;
 #pragma unroll
@@ -234,7 +235,7 @@ __device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p
     tokens.template prepare<common>(p);
     if (lane < heads) tokens.store_factors(notes_of(h + static_cast<unsigned>(lane)).numbers());
   } else {
-    tokens.template prepare<common, true>(p, static_cast<int>(p.tokens), g, c, path);
+    tokens.template prepare<common, true>(p, count, g, c, path);
     notes.pass(tokens, true);
   }
 }
@@ -244,13 +245,13 @@ template <int token_tile, class Tokens>
 __device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
                                             const Tokens& tokens, int place, int lane) {
   const int g = lane / 4, c = lane % 4;
-  if (g < static_cast<int>(p.tokens) && is_first(h, p.k_group)) {
+  if (g < row.count && is_first(h, p.k_group)) {
     std::uint16_t* const keys = row.keys(p, h) + place * static_cast<int>(p.window.keys.strides[2]) + 8 * c;
 #pragma unroll
     for (int i = 0; i < Tokens::runs; ++i)
       *reinterpret_cast<uint4*>(keys + 32 * i) = *reinterpret_cast<const uint4*>(tokens.run(0, i));
   }
-  const bool has_decay = token_tile == 1 ? lane < heads : c == 0 && g < static_cast<int>(p.tokens);
+  const bool has_decay = token_tile == 1 ? lane < heads : c == 0 && g < row.count;
   const unsigned own = token_tile == 1 ? h + static_cast<unsigned>(lane) : h;
   if (has_decay) row.decays(p, own)[product(place, static_cast<int>(p.window.decays.strides[2]))] = tokens.log_decay();
 }
@@ -324,14 +325,36 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
   const unsigned n = p.first_row + blockIdx.z, first_head = blockIdx.y * p.block_heads;
   RowSlots<true> slots;
-  slots.fetch(p, n, static_cast<unsigned>(lane));  // all else waits for it
+  // All else waits for it. Behind the last row of cu_seqlens there is one of the tokens of no sequence.
+  slots.fetch(p, min(n, static_cast<unsigned>(p.rows) - 1), static_cast<unsigned>(lane));
   const unsigned end_head = min(first_head + p.block_heads, static_cast<unsigned>(p.heads));
-  const int span_begin = (static_cast<int>(blockIdx.x) * warps + warp) * static_cast<int>(p.span);
-  const int span_end = min(span_begin + static_cast<int>(p.span), p.value_dim), count = static_cast<int>(p.tokens);
+  const int block_rows = warps * static_cast<int>(p.span), block_begin = static_cast<int>(blockIdx.x) * block_rows;
+  const int span_begin = block_begin + warp * static_cast<int>(p.span);
+  const int span_end = min(span_begin + static_cast<int>(p.span), p.value_dim);
+  ReplayRow row{n, 0, static_cast<int>(p.tokens), -1, {}};
   const WindowParams& window = p.window;
   const int groups = (window.capacity + group_entries - 1) / group_entries;
   cudaTriggerProgrammaticLaunchCompletion();
   if (p.dependent) cudaGridDependencySynchronize();
+  const auto zero_heads = [&] {
+    for (unsigned h = first_head; h < end_head; ++h)
+      zero_outputs(p, row.batch, row.first_token, row.first_token + row.count, h, block_begin,
+                   min(block_rows, p.value_dim - block_begin));
+  };
+  bool good = true;
+  if (token_tile > 1 && p.cu_seqlens.data != nullptr) {
+    bool has = false;
+    for (unsigned h = first_head; h < end_head; ++h)
+      has = has_row(p, n, h, block_begin, min(block_rows, p.value_dim - block_begin));
+    if (!has) return;
+    row.batch = 0, row.first_token = static_cast<unsigned>(index_at(p.cu_seqlens, n));
+    row.count = static_cast<int>(index_at(p.cu_seqlens, n + 1)) - static_cast<int>(row.first_token);
+    if (const int room = min(window.capacity, window.ring - window.capacity); row.count > room) {
+      if (threadIdx.x == 0) record(p.fault, FaultKind::window_room, n, row.count, room);
+      good = false;
+    }
+  }
+  const int count = min(row.count, token_tile);  // of a row that is good, all
 
   extern __shared__ __align__(256) uint4 shared[];
   const int stage_bytes = Rows::bytes + groups * group_stage_bytes;
@@ -354,13 +377,14 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
 
   Tokens tokens(nullptr);
   if (has_tokens) {
-    tokens.fetch(p, n, tokens_head, count, g, c);
+    tokens.fetch(p, row.batch, tokens_head, count, g, c, row.first_token);
     const unsigned own = token_tile == 1 ? min(tokens_head + static_cast<unsigned>(lane), end_head - 1) : tokens_head;
-    tokens.template fetch_gates<common>(p, n, own, count, g);
+    tokens.template fetch_gates<common>(p, row.batch, own, count, g, row.first_token);
     const int vectors = p.value_dim / 8;
 #pragma unroll 1
     for (unsigned h = tokens_head; h < tokens_head + static_cast<unsigned>(own_tokens); ++h) {
-      const auto* const v = static_cast<const std::uint16_t*>(p.v.data) + offset_of(p.v, n, 0u, head_of(h, p.v_group));
+      const auto* const v =
+          static_cast<const std::uint16_t*>(p.v.data) + offset_of(p.v, row.batch, row.first_token, head_of(h, p.v_group));
       auto* const to = reinterpret_cast<uint4*>(notes_of(h).values(groups));
       int t = 0, vector = lane;  // of this token
 #pragma unroll 1
@@ -374,13 +398,12 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     }
   }
   __pipeline_commit();
-  bool good = true;
-  unsigned path = (2u << g % token_tile) - 1;
-  if (token_tile > 1 && p.parent.data != nullptr)
-    path = __shfl_sync(0xffffffffu, path_in_tree<token_tile>(p, n, n, 0u, count, lane, blockIdx.x == 0 && warp == 0, good),
-                       g % token_tile);
+  const bool tree = token_tile > 1 && p.parent.data != nullptr;
+  int parent = -1;
+  if (tree && lane < count)
+    parent = static_cast<int>(index_at(p.parent, row.batch, row.first_token + static_cast<unsigned>(lane)));
   slots.resolve(p, n);
-  ReplayRow row{n, slots.source, {}};
+  row.slot = slots.source;
   const auto slot = static_cast<unsigned>(row.slot);
 
   // What is fetched next, of all heads. The first states do not wait for the record, corrections do.
@@ -399,14 +422,18 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   };
   Position next{span_begin < span_end ? first_head : end_head, span_begin, nullptr};
   good = good && row.slot >= 0;
+  unsigned path = (2u << g % token_tile) - 1;
+  if (good && tree)
+    path = __shfl_sync(0xffffffffu, path_in_tree<token_tile>(p, n, parent, lane, blockIdx.x == 0 && warp == 0, good),
+                       g % token_tile);
   if (good) {
     row.record.load(p, row.slot, lane);
     next.state = static_cast<const State*>(p.state_write.data) + offset_of(p.state_write, slot, first_head) +
                  span_begin * key_dim + Rows::lane_offset(lane);
     if (next.h < end_head) Rows(memory, lane).template fetch<streams>(next.state);
     if (has_tokens)
-      prepare_tokens<token_tile, common>(p, path, tokens_head, own_tokens, is_first(static_cast<unsigned>(with_tokens), p.team),
-                                         tokens, notes_of);
+      prepare_tokens<token_tile, common>(p, count, path, tokens_head, own_tokens,
+                                         is_first(static_cast<unsigned>(with_tokens), p.team), tokens, notes_of);
     good = row.record.is_in_range(p, n, lane, warp == 0);
   }
   const int P = good ? row.record.length : 0, used = (P + group_entries - 1) / group_entries;
@@ -436,7 +463,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     // Ahead of most states, behind which this would have to wait.
     if (has_entries) {
       entries.fetch(p, row, entries_head, own_entries, lane);
-      if (!has_tokens) tokens.fetch(p, n, entries_head, count, g, c);
+      if (!has_tokens) tokens.fetch(p, row.batch, entries_head, count, g, c, row.first_token);
     }
     // Corrections of entries that there are not are zero, and stay so.
     if (used * group_entries > P && lane / 2 >= P % group_entries)
@@ -460,8 +487,14 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   }
   const int new_place = row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring);
   if (good && has_entries) {
-    if (has_tokens && tokens_head != entries_head) tokens.fetch(p, n, entries_head, count, g, c);
+    if (has_tokens && tokens_head != entries_head) tokens.fetch(p, row.batch, entries_head, count, g, c, row.first_token);
     entries.prepare(p, row, entries_head, own_entries, tokens, notes_of);
+  }
+  if (!good) {
+    // Its first states are under way, which nothing has waited for.
+    __pipeline_wait_prior(0);
+    zero_heads();
+    return;
   }
   __pipeline_wait_prior(stages);  // v
   __syncthreads();
@@ -474,14 +507,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
 #pragma unroll 1
   for (unsigned h = first_head; h < end_head; ++h) {
     std::uint16_t* o = static_cast<std::uint16_t*>(p.o.data);
-    if (has_o) o += offset_of(p.o, n, static_cast<unsigned>(o_token), h);
-    if (!good) {
-      if (has_o)
-        for (int value = span_begin + 2 * c + 8 * (token_tile == 1 ? g : 0); value < span_end;
-             value += token_tile == 1 ? 64 : 8)
-          *reinterpret_cast<Pair*>(o + value) = 0;
-      continue;
-    }
+    if (has_o) o += offset_of(p.o, row.batch, row.first_token + static_cast<unsigned>(o_token), h);
     std::uint16_t* new_corrections = corrections + product(h, window.corrections.strides[1]) + new_place * correction_stride;
     const Notes notes = notes_of(h);
     if (left_of_team == 0) {
@@ -614,9 +640,6 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
       stage = stage + 1 == stages ? 0 : stage + 1;
     }
   }
-  // A row with a fault has its first states under way, which nothing has waited for.
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
 }
 
 }  // namespace gatedelta::cuda
