@@ -211,7 +211,7 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
   }
   plan.kernel = Kernel::replay;
   plan.token_tile = token_tile_of(tokens);
-  plan.common = has_usual_gates(p);
+  plan.common = !variable && has_usual_gates(p);
   choose_shape(p, Stores::last, plan);
   return plan;
 }
