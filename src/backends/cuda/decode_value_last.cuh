@@ -44,21 +44,6 @@ __device__ __forceinline__ void sum_of_parts(float (&x)[Size], int first, int st
   }
 }
 
-/// From shared memory, 16 bytes at a time.
-template <int count>
-__device__ __forceinline__ void load_vectors(float (&out)[count], const float* from) {
-  if constexpr (count % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < count; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from + i);
-      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) out[i] = from[i];
-  }
-}
-
 /// Blocks that are to fit on a multiprocessor, as shared memory allows and, by an estimate, registers.
 template <class Tile, bool common>
 constexpr int value_last_blocks() {

@@ -57,6 +57,14 @@ bool states_have_vectors(const ForwardParams& p, int dimension) {
   return good(p.state_read) && good(p.state_write) && good(p.snapshots);
 }
 
+/// What all fast kernels want; says which way the state lies.
+bool has_fast_sizes(const ForwardParams& p, bool& value_last) {
+  const bool key_dim = p.key_dim == 64 || p.key_dim == 128 || p.key_dim == 256;
+  if (!key_dim || p.value_dim % 32 != 0 || p.heads > max_grid_yz || p.tokens > INT32_MAX) return false;
+  value_last = !states_have_vectors(p, 1);
+  return !value_last || states_have_vectors(p, 0);
+}
+
 /// q, k, v and o in bfloat16 and vectors, states without gaps.
 bool has_serving_form(const ForwardParams& p, bool value_last) {
   const auto bfloat = [](const auto& tensor) { return tensor.data == nullptr || tensor.dtype == DType::bf16; };
@@ -156,15 +164,7 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
 
 Plan make_plan(const ForwardParams& p) {
   Plan plan;
-  const bool key_dim = p.key_dim == 64 || p.key_dim == 128 || p.key_dim == 256;
-  if (!key_dim || p.value_dim % 32 != 0 || p.heads > max_grid_yz || p.tokens > INT32_MAX) return plan;
-  if (states_have_vectors(p, 1))
-    plan.value_last = false;
-  else if (states_have_vectors(p, 0))
-    plan.value_last = true;
-  else
-    return plan;
-
+  if (!has_fast_sizes(p, plan.value_last)) return plan;
   const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
   const bool snapshots = p.snapshots.data != nullptr, variable = p.cu_seqlens.data != nullptr;
   if (fits_recurrent(p, plan.value_last)) {
@@ -189,14 +189,7 @@ Plan make_plan(const ForwardParams& p) {
 Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
   Plan plan;
   const WindowParams& window = p.window;
-  if ((p.key_dim != 64 && p.key_dim != 128 && p.key_dim != 256) || p.value_dim % 32 != 0 || p.heads > max_grid_yz ||
-      p.tokens > INT32_MAX || !has_vectors(window.keys, 3, 8) || !has_vectors(window.corrections, 3, 8))
-    return plan;
-  if (states_have_vectors(p, 1))
-    plan.value_last = false;
-  else if (states_have_vectors(p, 0))
-    plan.value_last = true;
-  else
+  if (!has_fast_sizes(p, plan.value_last) || !has_vectors(window.keys, 3, 8) || !has_vectors(window.corrections, 3, 8))
     return plan;
   // Of sequences of different lengths, each must have room in the window.
   const bool variable = p.cu_seqlens.data != nullptr;
@@ -211,7 +204,7 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
   }
   plan.kernel = Kernel::replay;
   plan.token_tile = token_tile_of(tokens);
-  plan.common = !variable && has_usual_gates(p);
+  plan.common = has_usual_gates(p);
   choose_shape(p, Stores::last, plan);
   return plan;
 }

@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
 #pragma unroll 1
       for (int j = 0; j < end; ++j) {
         float u[Tile::rows];
-        load_four(u, memory.entries.corrections + j * Tile::block_rows + lane_row);
+        load_vectors(u, memory.entries.corrections + j * Tile::block_rows + lane_row);
         state.add(1, u, memory.entries.keys + j * key_dim, key_lane);
       }
       begin += Tile::entries;

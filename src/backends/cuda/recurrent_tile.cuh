@@ -41,11 +41,7 @@ struct RecurrentTile {
   static constexpr int lanes_a_number = key_lanes / (2 * rows);
 };
 
-/// Four numbers of shared memory.
-__device__ inline void load_four(float (&out)[4], const float* from) {
-  const float4 four = *reinterpret_cast<const float4*>(from);
-  out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;
-}
+/// Four numbers to shared memory.
 __device__ inline void store_four(float* to, const float* from) {
   *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
 }
@@ -96,7 +92,7 @@ struct RecurrentState {
 #pragma unroll
     for (int i = 0; i < Tile::keys; i += 4) {
       float k[4];
-      load_four(k, from_k + 4 * (i / 4 * Tile::key_lanes + key_lane));
+      load_vectors(k, from_k + 4 * (i / 4 * Tile::key_lanes + key_lane));
 #pragma unroll
       for (int e = 0; e < 4; ++e)
 #pragma unroll
@@ -111,7 +107,7 @@ struct RecurrentState {
     for (int i = 0; i < Tile::keys; i += 4) {
       const int at = 4 * (i / 4 * Tile::key_lanes + key_lane);
       float k[4], q[4];
-      load_four(k, from_k + at), load_four(q, from_q + at);
+      load_vectors(k, from_k + at), load_vectors(q, from_q + at);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
 #pragma unroll
@@ -160,7 +156,7 @@ struct RecurrentState {
       float x[4];
       const State* const from = piece(memory, first_value, key_lane, i);
       if constexpr (sizeof(State) == 4) {
-        load_four(x, from);
+        load_vectors(x, from);
       } else {
         const uint2 words = *reinterpret_cast<const uint2*>(from);
         widen(words.x, x[0], x[1], State{}), widen(words.y, x[2], x[3], State{});

@@ -320,14 +320,13 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   using Tokens = TokenColumns<key_dim, token_tile, 8>;
   using Notes = HeadNotes<Tokens, key_dim, token_tile>;
   constexpr int blocks = Tokens::blocks, parts = Rows::parts, stages = replay_stages;
-  constexpr bool streams = token_tile == 1;              // more tokens have been slower with it
-  constexpr bool sequences = token_tile > 1 && !common;  // may be of different lengths
+  constexpr bool streams = token_tile == 1;  // more tokens have been slower with it
   const int warp = static_cast<int>(threadIdx.x / 32), warps = p.warps;
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
   const unsigned n = p.first_row + blockIdx.z, first_head = blockIdx.y * p.block_heads;
   RowSlots<true> slots;
   // All else waits for it. Behind the last row of cu_seqlens there is one of the tokens of no sequence.
-  slots.fetch(p, sequences ? min(n, static_cast<unsigned>(p.rows) - 1) : n, static_cast<unsigned>(lane));
+  slots.fetch(p, token_tile > 1 ? min(n, static_cast<unsigned>(p.rows) - 1) : n, static_cast<unsigned>(lane));
   const unsigned end_head = min(first_head + p.block_heads, static_cast<unsigned>(p.heads));
   const int block_rows = warps * static_cast<int>(p.span), block_begin = static_cast<int>(blockIdx.x) * block_rows;
   const int span_begin = block_begin + warp * static_cast<int>(p.span);
@@ -343,7 +342,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
                    min(block_rows, p.value_dim - block_begin));
   };
   bool good = true;
-  if (sequences && p.cu_seqlens.data != nullptr) {
+  if (token_tile > 1 && p.cu_seqlens.data != nullptr) {
     bool has = false;
     for (unsigned h = first_head; h < end_head; ++h)
       has = has_row(p, n, h, block_begin, min(block_rows, p.value_dim - block_begin));

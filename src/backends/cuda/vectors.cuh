@@ -70,6 +70,21 @@ __device__ void unpack(const std::uint32_t (&words)[4], float (&out)[lanes_of<El
   }
 }
 
+/// From shared memory, 16 bytes at a time.
+template <int count>
+__device__ __forceinline__ void load_vectors(float (&out)[count], const float* from) {
+  if constexpr (count % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + i);
+      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) out[i] = from[i];
+  }
+}
+
 /// N neighbouring elements (4 or a multiple of 8) of a tensor as they lie in memory. With `vector` they are contiguous, and
 /// aligned for vectors of 4 elements, or 8 where N is more.
 template <int N>
