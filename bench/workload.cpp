@@ -149,6 +149,7 @@ Workload::Workload(const Case& item, Platform& platform, const Rotation& rotatio
     instance.stream = platform.stream();
     instance.workspace = workspace_.get();
     instance.workspace_size = workspace_size;
+    instance.dependent_launch = item.dependent;
   }
 
   const Arguments& first = instances_.front();

@@ -37,6 +37,7 @@ struct Case {
   DType state_dtype = DType::f32;
   bool value_last = false;  ///< state storage [slots,H,K,V] instead of [slots,H,V,K]
   bool warm = false;        ///< always the same state, so that it may stay in cache
+  bool dependent = false;   ///< calls with dependent_launch; without a window
   std::int64_t window = 0;  ///< W of a replay window, with Mode::update; 0: none
   DType entries = DType::bf16;
   std::int64_t accepted = 0;  ///< tokens of each step that stay, with a window

@@ -44,7 +44,7 @@ struct Options {
   std::vector<std::string> dtypes{"bf16"}, states{"f32"};
   std::string layout = "vk";
   std::vector<int> threads;
-  bool warm = false;
+  bool warm = false, dependent = false;
   std::int64_t window = 0, accepted = 0, layers = 36;
   bool tree = false;
   std::string entries = "bf16";
@@ -133,6 +133,7 @@ std::vector<Case> named_cases(const Options& options, const Case& base) {
           item.dtype = dtype_of("--dtype", dtype);
           item.state_dtype = dtype_of("--state", state);
           item.warm = options.warm;
+          item.dependent = options.dependent;
           item.window = options.window;
           item.entries = dtype_of("--entries", options.entries);
           item.tree = options.tree;
@@ -332,6 +333,7 @@ ordered_json json_of(const Result& row, const bench::Platform& platform, const s
                       {"commit", GATEDELTA_COMMIT},
                       {"command", command_line()},
                       {"date", date}};
+  if (item.dependent) out["dependent"] = true;
   if (row.window) {
     out["window"] = item.window;
     out["entries"] = name_of(item.entries);
@@ -504,6 +506,10 @@ void add_bench_command(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(1, 1024));
   command->add_flag("--warm", options->warm, "use one state only, so that it stays in cache")->needs(op);
+  command->add_flag("--dependent", options->dependent, "let a device begin a call before the one before it has ended")
+      ->needs(op)
+      ->excludes("--window")
+      ->excludes("--warm");
   command->add_option("--min-time", options->effort.min_seconds, "seconds of measurement for each row")
       ->capture_default_str()
       ->check(CLI::Range(0.001, 600.0));
