@@ -127,7 +127,7 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
   const auto by_state = [&](const auto& of_16_bit, const auto& of_32_bit) {
     return state == DType::f32 ? all(of_32_bit) : all(of_16_bit);
   };
-  if (plan.kernel == Kernel::verify || plan.kernel == Kernel::recurrent) return all(verify_rows);
+  if (plan.kernel == Kernel::verify) return all(verify_rows);
   if (plan.kernel == Kernel::replay)
     return plan.token_tile == 1 ? all(replay_one_token) : by_state(replay_16_bit, replay_32_bit);
   if (plan.kernel == Kernel::serving) {
@@ -169,7 +169,9 @@ Plan make_plan(const ForwardParams& p) {
   const bool snapshots = p.snapshots.data != nullptr, variable = p.cu_seqlens.data != nullptr;
   if (fits_recurrent(p, plan.value_last)) {
     plan.kernel = Kernel::recurrent;
-  } else if (vectors && fits_serving(p)) {
+    return plan;
+  }
+  if (vectors && fits_serving(p)) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p.tokens);
     plan.common = usual;

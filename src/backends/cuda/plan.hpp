@@ -14,7 +14,7 @@ enum class Kernel : std::uint8_t { generic, decode, verify, serving, replay, rec
 /// Which states a call stores: that after a row's last token, or after each.
 enum class Stores : std::uint8_t { none, last, each };
 
-/// How a fast kernel is cut into blocks.
+/// How a fast kernel is cut into blocks, but for the recurrent one, which is always cut alike.
 struct Shape {
   union {
     int rows_a_lane = 0;  ///< decode, K-last: value rows of a lane
