@@ -49,7 +49,7 @@ std::string Form::text() const {
   if (entry_dtype != DType::bf16) out += std::string(" entries ") + std::string(name_of(entry_dtype));
   if (inputs != DType::bf16) out += std::string(" inputs ") + std::string(name_of(inputs));
   return out + (usual ? "" : " unusual") + (value_last ? " V-last" : "") + (snapshots ? " snapshots" : "") +
-         (update ? "" : " read-only");
+         (other_snapshots ? " of another dtype" : "") + (update ? "" : " read-only");
 }
 
 double Deviation::relative() const { return std::sqrt(errors_ / sum_); }
@@ -82,7 +82,7 @@ Scene::Scene(const Form& form) : form_(form) {
   DTypes& d = config_.dtypes;
   d.q = d.k = d.v = d.o = form.inputs;
   d.gate = d.beta = DType::bf16;
-  d.state = d.snapshots = form.state;
+  d.state = form.state, d.snapshots = form.snapshot_dtype();
 
   const double key_size = form.usual ? 1 : 1 / std::sqrt(static_cast<double>(K));
   in_.q = make(d.q, {rows, T, HK, K}, normal);

@@ -27,7 +27,9 @@ struct Form {
   DType inputs = DType::bf16;  ///< of q, k, v and o
   bool tree = false;           ///< with a window: the tokens are drafts with parents
   DType entry_dtype = DType::bf16;
+  bool other_snapshots = false;  ///< not in the dtype of the state
 
+  DType snapshot_dtype() const { return !other_snapshots ? state : state == DType::f32 ? DType::bf16 : DType::f32; }
   std::string text() const;
 };
 

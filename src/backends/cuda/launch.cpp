@@ -127,8 +127,8 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim, true);
   if (plan.kernel == Kernel::recurrent) {
     // A row with more tokens than the ring has room for is a fault.
-    const std::int64_t room = std::min(p.window.capacity, p.window.ring - p.window.capacity);
-    const std::size_t bytes = kernel.block_bytes + static_cast<std::size_t>(std::min(p.tokens, room)) * kernel.token_bytes;
+    const auto tokens = static_cast<std::size_t>(std::min<std::int64_t>(p.tokens, p.window.room()));
+    const std::size_t bytes = kernel.block_bytes + tokens * kernel.token_bytes;
     if (bytes > most_shared) return launch_generic_replay(params, stream);
     return launch_fast(kernel, plan.shape, 0, bytes, p, rows, stream);
   }

@@ -80,6 +80,9 @@ struct WindowParams {
   Tensor<std::int64_t, 1> length;
   Tensor<std::int64_t, 2> order;
   std::int32_t capacity, ring;
+
+  /// The most tokens of a row.
+  __host__ __device__ int room() const { return capacity < ring - capacity ? capacity : ring - capacity; }
 };
 
 /// A call with a window.

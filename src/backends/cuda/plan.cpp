@@ -165,12 +165,12 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
 Plan make_plan(const ForwardParams& p) {
   Plan plan;
   if (!has_fast_sizes(p, plan.value_last)) return plan;
-  const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
-  const bool snapshots = p.snapshots.data != nullptr, variable = p.cu_seqlens.data != nullptr;
   if (fits_recurrent(p, plan.value_last)) {
     plan.kernel = Kernel::recurrent;
     return plan;
   }
+  const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
+  const bool snapshots = p.snapshots.data != nullptr, variable = p.cu_seqlens.data != nullptr;
   if (vectors && fits_serving(p)) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p.tokens);
@@ -195,8 +195,7 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
     return plan;
   // Of sequences of different lengths, each must have room in the window.
   const bool variable = p.cu_seqlens.data != nullptr;
-  const std::int64_t tokens =
-      variable ? std::max<std::int64_t>(std::min(window.capacity, window.ring - window.capacity), 2) : p.tokens;
+  const std::int64_t tokens = variable ? std::max(window.room(), 2) : p.tokens;
   // A block has all of v of its heads in shared memory.
   if (plan.value_last || p.key_dim == 256 || p.value_dim > 512 || tokens < 1 || tokens > 8 || p.rows == 0 ||
       (p.parent.data != nullptr && tokens == 1) || !has_serving_form(p, false) || !has_vectors(p.v, 3, 8) ||

@@ -80,7 +80,7 @@ struct WindowRow {
   __device__ bool fetch(const P& p, std::int64_t slot_of_row, unsigned n, std::int64_t tokens, int lane, bool records) {
     slot = static_cast<std::uint32_t>(slot_of_row);
     record.load(p, slot_of_row, lane);
-    const int room = min(p.window.capacity, p.window.ring - p.window.capacity);
+    const int room = p.window.room();
     if (tokens > room) {
       if (records) cuda::record(p.fault, FaultKind::window_room, n, tokens, room);
       return false;
@@ -244,8 +244,9 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
   // Each lane finishes a row, or several lanes the same.
   const int own_row = lane_row + Tile::number(key_lane) / 2;
   const bool finishes = has_rows && key_lane % (2 * Tile::lanes_a_number) == 0;
-  // Some tokens, the first of them the row's token `first`, to token `to` and the next ones in shared memory.
-  const auto prepare_tokens = [&](int first, int count, int to) {
+  // Some tokens, the first of them the row's token `first`. With a window all of them are there at once: there are never many.
+  const auto prepare_tokens = [&](int first, int count) {
+    const int to = replays ? first : 0;
     const unsigned first_token = row_token + static_cast<unsigned>(first);
     if (first > 0) token.fetch(p, batch, first_token, count, h);
     const std::int64_t v_at = offset_of(p.v, batch, first_token, head_of(h, p.v_group)) + product(first_value, p.v.strides[3]);
@@ -280,10 +281,9 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
             token.gates.template log_decay<float>(p);
     }
   };
-  // With a window all of them at once: there are never many.
   int done = 0, count = replays ? tokens : min(tokens, Tile::tokens);
 #pragma unroll 1
-  for (int first = 0; first < count; first += Tile::tokens) prepare_tokens(first, min(count - first, Tile::tokens), first);
+  for (int first = 0; first < count; first += Tile::tokens) prepare_tokens(first, min(count - first, Tile::tokens));
   const auto widen_state = [&] {
     if (!reads || !has_rows) return;
     if constexpr (value_last)
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
     if (replays || done >= tokens) break;
     count = min(tokens - done, Tile::tokens);
     __syncthreads();
-    prepare_tokens(done, count, 0);
+    prepare_tokens(done, count);
     __syncthreads();
   }
   if constexpr (!replays)

@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     if (!has) return;
     row.batch = 0, row.first_token = static_cast<unsigned>(index_at(p.cu_seqlens, n));
     row.count = static_cast<int>(index_at(p.cu_seqlens, n + 1)) - static_cast<int>(row.first_token);
-    if (const int room = min(window.capacity, window.ring - window.capacity); row.count > room) {
+    if (const int room = window.room(); row.count > room) {
       if (threadIdx.x == 0) record(p.fault, FaultKind::window_room, n, row.count, room);
       good = false;
     }

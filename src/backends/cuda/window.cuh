@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(block_threads, 4)
   Row row = resolve(p, n, source_slot(p, n));
   bool good = row.source >= 0;
   if (good) {
-    const int room = min(window.capacity, window.ring - window.capacity);
+    const int room = window.room();
     if (row.tokens > room) record(p.fault, FaultKind::window_room, n, row.tokens, room);
     good = row.tokens <= room;
   }
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(2 * max_window) accept_kernel(const __grid_con
   const int i = static_cast<int>(threadIdx.x);
   const std::int64_t slot = call_slot(p, p.slots, FaultKind::slots, n);
   if (slot < 0 || is_again(p, p.slots, FaultKind::slots_again, n, slot) || !fetch_record(p, slot, n, known)) return;
-  const int P = known.length, ring = p.window.ring, room = min(p.window.capacity, ring - p.window.capacity);
+  const int P = known.length, ring = p.window.ring, room = p.window.room();
   const std::int64_t accepted = index_at(p.accepted, n);
   std::int64_t tokens = p.tokens;
   bool bad = false;
