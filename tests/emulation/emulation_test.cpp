@@ -112,6 +112,8 @@ TEST_CASE("recurrent, with a window") {
             Form form{state, T, K, P == 16 ? 160 : 96, {}, 2, 4, P == 7, value_last, false, true, P == 37 ? 48 : 16, P};
             form.entry_dtype = entries;
             check(form, Kernel::recurrent, 0);
+            form.tree = true;
+            if (T > 1) check(form, Kernel::recurrent, 0);
           }
 }
 
@@ -128,6 +130,9 @@ TEST_CASE("serving") {
         check({state, T, 128, 96, shape(0, 2, 32), 1, 1, !usual, value_last, true}, each, each_tile);
         check({state, T, 64, 96, shape(0, 1, 64), 1, 2, usual, value_last, true, false}, each, each_tile);
         check({state, T, 64, 64, shape(0, 2, 16), 2, 2, true, value_last, false, false}, Kernel::serving, tile);
+        Form dependent{state, T, 128, 64, shape(0, 2, 16), 2, 4, usual, value_last};
+        dependent.dependent = true;
+        check(dependent, Kernel::serving, tile);
       }
     }
 }
@@ -137,14 +142,19 @@ TEST_CASE("decode") {
     for (const int rows_a_lane : {2, 4, 8})
       for (const std::int64_t K : {64, 128, 256})
         for (const bool usual : {true, false}) {
-          check({state, 1, K, 96, shape(rows_a_lane, 2, 16), 1, 2, usual}, Kernel::decode, 0);
+          Form form{state, 1, K, 96, shape(rows_a_lane, 2, 16), 1, 2, usual};
+          check(form, Kernel::decode, 0);
+          form.dependent = true;
+          check(form, Kernel::decode, 0);
           check({state, 1, K, 64, shape(rows_a_lane, 1, 64), 1, 1, usual, false, true, rows_a_lane == 4}, Kernel::decode, 0);
         }
     // V-last: up to 8 lanes along V for what is not usual.
     for (const std::int64_t K : {64, 128, 256}) {
       for (const int value_lanes : {4, 8, 16}) {
         check({state, 1, K, 128, shape(value_lanes, 4, 1), 1, 2, true, true}, Kernel::decode, 0);
-        check({state, 1, K, 384, shape(value_lanes, 4, 1), 1, 1, true, true}, Kernel::decode, 0);
+        Form form{state, 1, K, 384, shape(value_lanes, 4, 1), 1, 1, true, true};
+        form.dependent = value_lanes == 8;
+        check(form, Kernel::decode, 0);
         if (value_lanes > 8) continue;
         check({state, 1, K, 64, shape(value_lanes, 4, 1), 1, 3, false, true, true}, Kernel::decode, 0);
         check({state, 1, K, 192, shape(value_lanes, 4, 1), 2, 2, false, true, true, false}, Kernel::decode, 0);

@@ -46,6 +46,7 @@ std::string Form::text() const {
                     std::to_string(shape.heads) + ":" + std::to_string(shape.warps) + ":" + std::to_string(shape.span);
   if (capacity > 0) out += " W " + std::to_string(capacity) + " P " + std::to_string(entries);
   if (tree) out += " tree";
+  if (dependent) out += " dependent";
   if (entry_dtype != DType::bf16) out += std::string(" entries ") + std::string(name_of(entry_dtype));
   if (inputs != DType::bf16) out += std::string(" inputs ") + std::string(name_of(inputs));
   return out + (usual ? "" : " unusual") + (value_last ? " V-last" : "") + (snapshots ? " snapshots" : "") +
@@ -105,7 +106,7 @@ Scene::Scene(const Form& form) : form_(form) {
   in_.state = in_place(make(d.state, {slots, H, first, second}, [&] { return 0.1 * normal(); }));
   state_before_ = copy(in_.state);
   if (form.snapshots) in_.snapshots = in_place(make(d.snapshots, {rows, T, H, first, second}));
-  in_.update_state = form.update;
+  in_.update_state = form.update, in_.dependent_launch = form.dependent;
   in_.read_slots = view(read_slots, {rows});
   if (form.capacity > 0) make_window();
 }

@@ -26,6 +26,7 @@ struct Form {
   std::int64_t capacity = 0, entries = 0;
   DType inputs = DType::bf16;  ///< of q, k, v and o
   bool tree = false;           ///< with a window: the tokens are drafts with parents
+  bool dependent = false;      ///< the launch
   DType entry_dtype = DType::bf16;
   bool other_snapshots = false;  ///< not in the dtype of the state
 

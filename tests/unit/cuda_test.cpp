@@ -4,6 +4,8 @@
 #include <cuda_runtime_api.h>
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <string>
@@ -45,6 +47,7 @@ class Array {
     return out;
   }
   std::vector<T> get() const { return get(0, size_); }
+  T* data() const { return data_; }
   TensorView view(std::initializer_list<std::int64_t> shape, std::initializer_list<std::int64_t> strides = {}) const {
     return gatedelta::view(data_, shape, strides, gpu);
   }
@@ -388,4 +391,136 @@ TEST_CASE("windows: faults are found on the device, and a captured step replays"
   CHECK(cudaGraphExecDestroy(step) == cudaSuccess);
   CHECK(cudaGraphDestroy(graph) == cudaSuccess);
   CHECK(cudaStreamDestroy(stream) == cudaSuccess);
+}
+
+namespace {
+
+/// Calls that reach each kernel, as dependent launches: the outputs of each are the values of the next one.
+struct Chain {
+  const char* kernel;
+  std::int64_t tokens;
+  std::int64_t padding = 0;  ///< elements behind each value row of a state
+  DType inputs = DType::bf16;
+  bool value_last = false;
+  std::int64_t capacity = 0;  ///< of a window
+  DType entries = DType::bf16;
+  std::int64_t rows = 2;
+
+  static constexpr std::int64_t calls = 24, q_heads = 2, v_heads = 4, dim = 128;
+
+  /// The bits of all outputs and states. Sets `skipped` if the backend cannot do this.
+  std::vector<std::uint16_t> run(Backend& backend, bool dependent, std::string& skipped) const {
+    Config config{.q_heads = q_heads, .k_heads = q_heads, .v_heads = v_heads, .key_dim = dim, .value_dim = dim};
+    config.scale = 1.0;
+    DTypes& d = config.dtypes;
+    d.q = d.k = d.v = d.o = d.gate = d.beta = inputs, d.state = DType::bf16;
+    Problem problem;
+    problem.config = config, problem.window = capacity > 0;
+    skipped = backend.unsupported_reason(problem);
+    if (!skipped.empty()) return {};
+
+    const std::int64_t all_rows = rows * tokens, values = all_rows * v_heads * dim, state = v_heads * dim * (dim + padding);
+    auto random = [&, seed = std::uint32_t{1}](std::int64_t count) mutable {
+      std::vector<std::uint16_t> out(static_cast<std::size_t>(count));
+      for (std::uint16_t& x : out) {
+        seed = seed * 1664525 + 1013904223;
+        x = static_cast<std::uint16_t>((seed >> 16 & 0x8000u) | 0x3c00u | (seed >> 8 & 0x1ffu));  // of either dtype
+      }
+      return out;
+    };
+    const Array<std::uint16_t> q(random(all_rows * q_heads * dim)), k(random(all_rows * q_heads * dim));
+    const Array<std::uint16_t> gates(random(all_rows * v_heads));
+    const Array<float> A_log(std::vector<float>{0.5f, -1, 0, 1});
+    // Every second call is a fast decode of all the tokens as rows of their own. Not written, an output is NaN.
+    const std::int64_t slots = calls / 2 * (rows + all_rows);
+    Array<std::uint16_t> chain(std::vector<std::uint16_t>(static_cast<std::size_t>((calls + 1) * values), 0x7fff));
+    chain.set(random(values));
+    const Array<std::uint16_t> pool(random(slots * state)), decoded(random(slots * v_heads * dim * dim));
+    std::vector<std::int32_t> numbers(static_cast<std::size_t>(slots));
+    for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<std::int32_t>(i);
+    const Array<std::int32_t> all_slots(numbers);
+    TensorView states = make_view(pool.data(), DType::bf16, std::array{slots, v_heads, dim, dim},
+                                  std::array{state, state / v_heads, dim + padding, std::int64_t{1}}, gpu);
+    TensorView dense = decoded.view_as(DType::bf16, {slots, v_heads, dim, dim});
+    if (value_last) states = states.transposed(2, 3), dense = dense.transposed(2, 3);
+
+    const GatedDeltaRule op(config, backend);
+    cudaStream_t stream = nullptr;
+    REQUIRE(cudaStreamCreate(&stream) == cudaSuccess);
+    WindowLayout layout;
+    if (capacity > 0) layout = window_layout(config, slots, capacity, entries, tokens);
+    const Array<std::byte> layer(std::vector<std::byte>(std::max<std::size_t>(layout.layer_bytes, 1)));
+    const Array<std::byte> record(std::vector<std::byte>(std::max<std::size_t>(layout.record_bytes, 1)));
+    ReplayWindow window;
+    if (capacity > 0) {
+      window = window_at(layout, layer.view_as(DType::i32, {1}).data, record.view_as(DType::i32, {1}).data, gpu);
+      op.reset({.record = window.record});
+    }
+    const auto call_all = [&] {
+      std::int64_t slot = 0;
+      for (std::int64_t i = 0; i < calls; ++i) {
+        const bool as_rows = i % 2 != 0;
+        const std::int64_t B = as_rows ? all_rows : rows, T = as_rows ? 1 : tokens;
+        const auto view = [&](const Array<std::uint16_t>& data, std::int64_t at, std::vector<std::int64_t> shape) {
+          shape.insert(shape.begin(), {B, T});
+          return make_view(data.data() + at, inputs, shape, {}, gpu);
+        };
+        Arguments call;
+        call.q = view(q, 0, {q_heads, dim}), call.k = view(k, 0, {q_heads, dim});
+        call.v = view(chain, i * values, {v_heads, dim}), call.o = view(chain, (i + 1) * values, {v_heads, dim});
+        call.a = call.b = view(gates, 0, {v_heads}), call.A_log = A_log.view({v_heads});
+        call.state = as_rows ? dense : states;
+        call.read_slots = make_view(all_slots.data() + slot, DType::i32, std::array{B}, {}, gpu);
+        if (capacity > 0 && !as_rows) call.window = &window;
+        call.stream = stream, call.dependent_launch = dependent;
+        op.forward(call);
+        slot += B;
+      }
+    };
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+    call_all();
+    REQUIRE(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
+    REQUIRE(cudaGraphInstantiate(&executable, graph, 0) == cudaSuccess);
+    REQUIRE(cudaGraphLaunch(executable, stream) == cudaSuccess);
+    CHECK(device_error(backend, stream) == "");
+    CHECK(cudaGraphExecDestroy(executable) == cudaSuccess);
+    CHECK(cudaGraphDestroy(graph) == cudaSuccess);
+    CHECK(cudaStreamDestroy(stream) == cudaSuccess);
+    std::vector<std::uint16_t> out = chain.get();
+    for (const auto& after : {pool.get(), decoded.get()}) out.insert(out.end(), after.begin(), after.end());
+    return out;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("dependent launches wait for what the kernel before writes") {
+  Backend* backend = usable();
+  if (backend == nullptr) return;
+  for (const Chain& chain : {Chain{"decode", 1},
+                             {"decode", 1, 0, DType::bf16, true},
+                             {"decode", 1, 0, DType::bf16, true, 0, DType::bf16, 24},
+                             {"decode", 1, 0, DType::bf16, false, 0, DType::bf16, 24},
+                             {"serving", 4},
+                             {"serving", 16, 0, DType::bf16, true},
+                             {"serving", 4, 0, DType::bf16, false, 0, DType::bf16, 16},
+                             {"verify", 20},
+                             {"recurrent", 3, 0, DType::f16},
+                             {"generic", 3, 1},
+                             {"replay", 1, 0, DType::bf16, false, 16},
+                             {"replay", 4, 0, DType::bf16, false, 16},
+                             {"recurrent, window", 2, 0, DType::bf16, false, 16, DType::f32},
+                             {"generic, window", 2, 1, DType::bf16, false, 16}}) {
+    CAPTURE(chain.kernel);
+    CAPTURE(chain.rows);
+    std::string skipped;
+    const auto expected = chain.run(*backend, false, skipped);
+    if (!skipped.empty()) {
+      MESSAGE("skipped: " << skipped);
+      continue;
+    }
+    for (int repeat = 0; repeat < 3; ++repeat) CHECK(chain.run(*backend, true, skipped) == expected);
+  }
 }

@@ -25,7 +25,7 @@ constexpr Device gpu{DeviceType::cuda, 0};
 struct Form {
   std::int64_t rows = 4, tokens = 1, key_dim = 128, value_dim = 128;
   DType state = DType::bf16, activations = DType::bf16;
-  bool value_last = false, snapshots = false, variable = false;
+  bool value_last = false, snapshots = false, variable = false, dependent = false;
   std::int64_t misaligned = 0;  ///< elements that the state begins behind an aligned address
 };
 
@@ -57,6 +57,7 @@ Plan plan_of(const Form& form) {
   in.state = form.value_last ? memory.make(d.state, {1000, 32, form.key_dim, form.value_dim}, form.misaligned).transposed(2, 3)
                              : memory.make(d.state, {1000, 32, form.value_dim, form.key_dim}, form.misaligned);
   in.read_slots = memory.make(DType::i32, {form.rows});
+  in.dependent_launch = form.dependent;
   if (form.variable) in.cu_seqlens = memory.make(DType::i32, {form.rows + 1});
   if (form.snapshots)
     in.snapshots = form.value_last ? memory.make(d.snapshots, {form.rows, T, 32, form.key_dim, form.value_dim}).transposed(3, 4)
@@ -68,7 +69,7 @@ Plan plan_of(const Form& form) {
 class Watching final : public Backend {
  public:
   std::map<std::pair<Kernel, int>, int> calls;
-  int fast_trees = 0, fast_sequences = 0;
+  int fast_trees = 0, recurrent_trees = 0, fast_sequences = 0;
   bool computes = true;
 
   std::string_view name() const noexcept override { return "watching"; }
@@ -80,6 +81,7 @@ class Watching final : public Backend {
     const Plan plan = call.problem.window ? make_replay_plan(make_replay_params(call)) : make_plan(make_params(call));
     ++calls[{plan.kernel, plan.token_tile}];
     fast_trees += call.problem.tree && plan.kernel == Kernel::replay;
+    recurrent_trees += call.problem.tree && plan.kernel == Kernel::recurrent;
     fast_sequences += call.arguments->cu_seqlens.defined() && plan.kernel == Kernel::replay;
     if (computes) reference_.forward(call);
   }
@@ -184,6 +186,22 @@ TEST_CASE("a block of a V-last decode has whole rows of the state where V and K 
   CHECK(lanes(128, 128, DType::bf16, DType::f16) == 8);
 }
 
+TEST_CASE("what a call does beside the ones around it depends on the bytes of its states") {
+  const auto begins = [](const Form& form) {
+    const Plan plan = plan_of(form);
+    return std::pair(plan.early, plan.ahead);
+  };
+  // A row's states are 1 MiB in bfloat16.
+  CHECK(begins({.rows = 2}) == std::pair(true, false));
+  CHECK(begins({.rows = 2, .dependent = true}) == std::pair(true, true));
+  CHECK(begins({.rows = 3, .dependent = true}) == std::pair(false, false));
+  CHECK(begins({.rows = 3, .value_last = true, .dependent = true}) == std::pair(false, true));
+  CHECK(begins({.rows = 3, .value_last = true}) == std::pair(false, false));
+  CHECK(begins({.rows = 2, .state = DType::f32, .dependent = true}) == std::pair(false, false));
+  CHECK(begins({.rows = 4, .tokens = 4, .dependent = true}) == std::pair(true, true));
+  CHECK(begins({.rows = 5, .tokens = 4, .value_last = true, .dependent = true}) == std::pair(false, false));
+}
+
 TEST_CASE("a shape for measuring is three numbers") {
   CHECK_FALSE(parse_shape(nullptr));
   CHECK_FALSE(parse_shape(""));
@@ -210,6 +228,7 @@ TEST_CASE("random windows reach every form of the fast kernels") {
   }
   CHECK(watching.calls[{Kernel::recurrent, 0}] >= 5);
   CHECK(watching.fast_trees >= 3);
+  CHECK(watching.recurrent_trees >= 5);
   CHECK(watching.fast_sequences >= 3);
   CHECK(watching.calls[{Kernel::generic, 0}] >= 5);
 }

@@ -50,7 +50,6 @@ __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const 
   if (span_begin >= span_end) return;
   RowSlots<common> slots;
   slots.fetch(p, n, lane);  // all else waits for it
-  cudaTriggerProgrammaticLaunchCompletion();
 
   DecodeInputs<width, runs, common> inputs;
   RawElement raw_v[own_rows];
@@ -85,13 +84,11 @@ __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const 
     for (unsigned stage = 0; stage < Tile::stages; ++stage) fetch_state(stage, stage * Tile::warp_rows);
   };
   // The kernel before may be writing the inputs of a dependent launch, but neither slots nor states.
-  if (p.dependent) {
-    begin();
-    cudaGridDependencySynchronize();
-  }
+  if (p.ahead) begin();
+  wait_for_inputs(p);
   inputs.fetch(p, n, h, [&](int i) { return Tile::key_of(key_lane, i); });
   fetch_values(0);
-  if (!p.dependent) begin();
+  if (!p.ahead) begin();
 
   float q[keys], k[keys], products[3] = {};
   inputs.widen_to(k, q, p);

@@ -68,7 +68,6 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
   const unsigned n = p.first_row + blockIdx.z, h = blockIdx.y, first_value = blockIdx.x * values;
   RowSlots<common> slots;
   slots.fetch(p, n, lane);  // all else waits for it
-  cudaTriggerProgrammaticLaunchCompletion();
 
   extern __shared__ uint4 shared[];
   typename Tile::StateRing ring(reinterpret_cast<char*>(shared) + warp * Tile::StateRing::bytes, lane);
@@ -92,10 +91,8 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
     ring.fetch(0, reads, [&](int i) { return from + step(i, stride); });
   };
   // The kernel before may be writing the inputs of a dependent launch, but neither slots nor states.
-  if (p.dependent) {
-    begin();
-    cudaGridDependencySynchronize();
-  }
+  if (p.ahead) begin();
+  wait_for_inputs(p);
   DecodeInputs<run, runs, common> inputs;
   inputs.fetch(p, n, h, [&](int i) { return Tile::key_of(warp, key_lane, i); });
   // Each of the first threads finishes a value row.
@@ -104,7 +101,7 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
   if (has_value)
     raw_v.fetch(p.v, dtype_of<common>(p.v),
                 offset_of(p.v, n, 0u, head_of(h, p.v_group)) + product(first_value + thread, common ? 1 : p.v.strides[3]));
-  if (!p.dependent) begin();
+  if (!p.ahead) begin();
 
   // What is usual stays as it is until it is used: blocks are limited by registers.
   float all_q[common ? 1 : keys], all_k[common ? 1 : keys], products[3] = {};
@@ -179,6 +176,7 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
     }
   });
   spread_sums<first, lanes, 2 * width>(sums, lane);
+  cudaTriggerProgrammaticLaunchCompletion();        // the next one may read states while these are stored
   constexpr int own = 2 * width / Tile::key_lanes;  // numbers that the lane is left with
   const unsigned number = key_lane * own;
   float* const to_sums = own_sums + number / width * values + value_lane * width + number % width;

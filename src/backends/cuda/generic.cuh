@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(block_threads) forward_kernel(const __grid_con
   const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x % slices) * p.slice_rows;
   const int rows = static_cast<int>(min(static_cast<std::int64_t>(p.slice_rows), p.value_dim - first_row));
 
+  wait_for_inputs(p);
   if (!has_row(p, n, h, first_row, rows)) return;
   const Row row = resolve(p, n, source_slot(p, n));
   if (row.source < 0) {

@@ -111,7 +111,7 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
     return launch(what, params.dependent, const_cast<ForwardParams*>(&params), stream);
   }
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim, false);
-  p.stores_stay = plan.shape.stores_stay;
+  p.stores_stay = plan.shape.stores_stay, p.ahead = plan.ahead, p.early = plan.early;
   p.parts = std::max(parts_of(p.q.dtype), parts_of(p.k.dtype));
   std::size_t warp_bytes = kernel.bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
   if (p.store_tokens || p.snapshots.data != nullptr) warp_bytes += kernel.each_bytes;
@@ -123,12 +123,11 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
   ReplayParams<FastParams> p{};
   const std::int64_t rows = params.rows + (params.cu_seqlens.data != nullptr ? 1 : 0);
   if (rows == 0 || plan.kernel == Kernel::generic || !narrow(params, p)) return launch_generic_replay(params, stream);
-  p.window = params.window, p.parent = params.parent;
+  p.window = params.window, p.parent = params.parent, p.early = plan.early;
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim, true);
   if (plan.kernel == Kernel::recurrent) {
-    // A row with more tokens than the ring has room for is a fault.
-    const auto tokens = static_cast<std::size_t>(std::min<std::int64_t>(p.tokens, p.window.room()));
-    const std::size_t bytes = kernel.block_bytes + tokens * kernel.token_bytes;
+    const std::size_t bytes =
+        kernel.block_bytes + static_cast<std::size_t>(p.most_tokens()) * kernel.token_bytes + kernel.tree_bytes;
     if (bytes > most_shared) return launch_generic_replay(params, stream);
     return launch_fast(kernel, plan.shape, 0, bytes, p, rows, stream);
   }

@@ -54,6 +54,8 @@ struct Params {
   BetaForm beta_form;
   bool vector_keys;  ///< q and k may be loaded 16 bytes at a time
   bool dependent;    ///< the launch may begin before the one before it has ended
+  bool ahead;        ///< decode, serving: then states are asked for before that has ended
+  bool early;        ///< a dependent launch behind this one may begin as soon as this one has all that it waits for
 
   Tensor<std::int64_t, 4> state_write;
   std::int32_t heads;
@@ -90,6 +92,10 @@ template <class Call>
 struct ReplayParams : Call {
   WindowParams window;
   Tensor<std::int64_t, 2> parent;
+  /// The most tokens of a row that is no fault.
+  __host__ __device__ int most_tokens() const {
+    return this->tokens < window.room() ? static_cast<int>(this->tokens) : window.room();
+  }
   // The fast kernel: heads of a block, how many of them have a key and a query in common, warps that prepare tokens, and what
   // is in shared memory for a head and for those that share.
   std::uint32_t block_heads;

@@ -30,8 +30,10 @@ struct Shape {
 struct Plan {
   Kernel kernel = Kernel::generic;
   bool value_last = false;
-  int token_tile = 0;   ///< verify: tokens of a turn; serving: at most
-  bool common = false;  ///< see the kernel
+  int token_tile = 0;                 ///< verify: tokens of a turn; serving: at most
+  bool common = false;                ///< see the kernel
+  bool tree = false;                  ///< recurrent: drafts in a tree
+  bool ahead = false, early = false;  ///< see Params
   Shape shape;
 };
 
@@ -79,8 +81,8 @@ struct FastKernel {
   std::size_t group_bytes = 0;  ///< of a warp, for each group of entries of a window
   // Replay, for each head of a block: in any case, for each 16 entries, for each value row; and for heads that share a key.
   std::size_t head_bytes = 0, head_group_bytes = 0, head_value_bytes = 0, team_bytes = 0, team_group_bytes = 0;
-  // Recurrent: of a block, for each token that it has there, and how many it has of a call without a window.
-  std::size_t token_bytes = 0;
+  // Recurrent: of a block, for each token that it has there and for a tree, and how many it has of a call without a window.
+  std::size_t token_bytes = 0, tree_bytes = 0;
   int tokens = 0;
   int warps = 0;  ///< of a block, where the kernel wants as many and has its rows at once
 };

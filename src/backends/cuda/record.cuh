@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
+
 #include "backends/cuda/rows.cuh"
 #include "gatedelta/window.hpp"
 
@@ -71,13 +73,29 @@ struct RecordRow {
     return count == ring;
   }
 
-  /// All of this. False after a fault, which is recorded.
+  /// All of this. False after a fault, which is recorded where `records`.
   template <class P>
-  __device__ bool fetch(const P& p, std::int64_t slot, unsigned row, int lane) {
+  __device__ bool fetch(const P& p, std::int64_t slot, unsigned row, int lane, bool records) {
     load(p, slot, lane);
-    return is_in_range(p, row, lane, true) && is_permutation(p, row, lane, true);
+    return is_in_range(p, row, lane, records) && is_permutation(p, row, lane, records);
   }
 };
+
+/// Whether the window takes as many tokens as a row has; recorded where `records` if not.
+template <class P>
+__device__ bool has_room(const P& p, unsigned row, std::int64_t tokens, bool records) {
+  const int room = p.window.room();
+  if (records && tokens > room) record(p.fault, FaultKind::window_room, row, tokens, room);
+  return tokens <= room;
+}
+
+/// The parent of a draft, or the nearest int.
+template <class P>
+__device__ int parent_at(const P& p, std::int64_t batch, std::int64_t token) {
+  constexpr std::int64_t most = INT32_MAX;
+  const std::int64_t parent = index_at(p.parent, batch, token);
+  return static_cast<int>(parent < -most ? -most : parent > most ? most : parent);
+}
 
 /// Of drafts in a tree, at most max_tokens of them, bit i says whether token `lane` of row n, whose parent is given, sees token
 /// i: its ancestors and itself. Lanes without a token have -1. Bad parents are recorded where `records`.

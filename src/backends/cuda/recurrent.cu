@@ -7,21 +7,23 @@
 namespace gatedelta::cuda {
 namespace {
 
-template <int key_dim, bool value_last, bool replays>
+template <int key_dim, bool value_last, bool replays, bool trees = false>
 FastKernel describe() {
   using Tile = RecurrentTile<State, key_dim, value_last>;
   using Memory = RecurrentMemory<Tile, replays>;
-  void (*const kernel)(RecurrentParams<replays>) = recurrent_kernel<State, key_dim, value_last, replays>;
+  void (*const kernel)(RecurrentParams<replays>) = recurrent_kernel<State, key_dim, value_last, replays, trees>;
   return {.function = reinterpret_cast<const void*>(kernel),
           .warp_rows = Tile::warp_rows,
           .block_bytes = sizeof(Memory),
           .token_bytes = sizeof(typename Memory::Token),
+          .tree_bytes = trees ? Memory::checkpoint_bytes : 0,
           .tokens = Tile::tokens,
           .warps = recurrent_warps};
 }
 
 template <int key_dim>
 FastKernel find(const Plan& plan, bool replays) {
+  if (plan.tree) return plan.value_last ? describe<key_dim, true, true, true>() : describe<key_dim, false, true, true>();
   if (replays) return plan.value_last ? describe<key_dim, true, true>() : describe<key_dim, false, true>();
   return plan.value_last ? describe<key_dim, true, false>() : describe<key_dim, false, false>();
 }

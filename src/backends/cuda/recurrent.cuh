@@ -12,7 +12,8 @@
 //
 //     S <- gamma S + sum_j gamma_j u_j k_j^T
 //
-// which is stored only where the window is full; the tokens' own corrections then are new entries.
+// which is stored only where the window is full; the tokens' own corrections then are new entries. Where drafts are a tree,
+// that state is kept: a draft whose parent is not the token before begins with it and the corrections of its own ancestors.
 namespace gatedelta::cuda {
 
 /// A thread's part of preparing some tokens: 8 neighbours of the key and the query of one of them.
@@ -79,13 +80,7 @@ struct WindowRow {
   template <class P>
   __device__ bool fetch(const P& p, std::int64_t slot_of_row, unsigned n, std::int64_t tokens, int lane, bool records) {
     slot = static_cast<std::uint32_t>(slot_of_row);
-    record.load(p, slot_of_row, lane);
-    const int room = p.window.room();
-    if (tokens > room) {
-      if (records) cuda::record(p.fault, FaultKind::window_room, n, tokens, room);
-      return false;
-    }
-    return record.is_in_range(p, n, lane, records) && record.is_permutation(p, n, lane, records);
+    return has_room(p, n, tokens, records) && record.fetch(p, slot_of_row, n, lane, records);
   }
 };
 
@@ -160,8 +155,9 @@ __device__ __forceinline__ float prepare_entries(const P& p, const WindowRow& ro
 template <bool replays>
 using RecurrentParams = std::conditional_t<replays, ReplayParams<FastParams>, FastParams>;
 
-/// Three blocks on a multiprocessor: the state is 64 registers for K of 128 and 256.
-template <class State, int key_dim, bool value_last, bool replays>
+/// Three blocks on a multiprocessor: the state is 64 registers for K of 128 and 256. Trees are compiled for themselves: as a
+/// case of all windows they make the others 1 to 3 % slower.
+template <class State, int key_dim, bool value_last, bool replays, bool trees>
 __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const __grid_constant__ RecurrentParams<replays> p) {
   using Tile = RecurrentTile<State, key_dim, value_last>;
   using Memory = RecurrentMemory<Tile, replays>;
@@ -175,8 +171,7 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
   // Of the block's value rows, the lane's first one, and whether the warp has any.
   const int lane_row = warp * Tile::warp_rows + value_lane * Tile::rows;
   const bool has_rows = warp * Tile::warp_rows < values;
-  cudaTriggerProgrammaticLaunchCompletion();
-  if (p.dependent) cudaGridDependencySynchronize();
+  wait_for_inputs(p);
   if (!has_row(p, n, h, first_value, values)) return;
 
   const std::int64_t source = source_slot(p, n);
@@ -216,6 +211,16 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
   bool good = row.source >= 0;
   WindowRow window{};
   if constexpr (replays) good = good && window.fetch(p, row.source, n, row.tokens, lane, warp == 0);
+  if constexpr (trees) {
+    bool bad = false;
+    if (good && thread < tokens) {
+      const int parent = parent_at(p, batch, row_token + static_cast<unsigned>(thread));
+      bad = parent < -1 || parent >= thread;
+      if (bad) record(p.fault, FaultKind::parent, n, parent, thread - 1);
+      memory.token(thread).parent = parent;
+    }
+    if (__syncthreads_or(bad)) good = false;
+  }
   if (!good) {
     __pipeline_wait_prior(0);
     zero_outputs(p, row.batch, row.first_token, row.first_token + row.tokens, h, first_value, values);
@@ -223,6 +228,8 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
   }
 
   RecurrentState<Tile> state;
+  float4* checkpoint = nullptr;
+  if constexpr (trees) checkpoint = memory.checkpoint(p.most_tokens()) + thread;
   const auto store_state = [&](const Tensor<std::int64_t, 4>& to, std::int64_t slot) {
     State* const data = static_cast<State*>(to.data) + offset_of(to, slot, h);
     if constexpr (value_last && replays) {
@@ -312,6 +319,10 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
       begin += Tile::entries;
     } while (begin < length);
     if (length + tokens > p.window.capacity) store_state(p.state_write, window.slot);
+    if constexpr (trees) {
+      if (Memory::has_checkpoint_room) __syncthreads();  // others may be reading what came in
+      state.save(checkpoint);
+    }
   } else {
     __pipeline_wait_prior(0);
     __syncthreads();
@@ -336,6 +347,24 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
         if (w.keys.dtype == DType::bf16) u = __bfloat162float(__float2bfloat16_rn(u));
         if (finishes) store_at(w.corrections, offset_of(w.corrections, window.slot, h, own.place) + first_value + own_row, u);
         if (t + 1 == tokens) break;
+      }
+      if constexpr (trees) {
+        __syncwarp();  // all have their v
+        if (finishes) own.value[own_row] = u;
+        if (const int parent = memory.token(t + 1).parent; parent != t) {
+          __syncwarp();
+          std::uint64_t path = 0;  // its ancestors
+          for (int from = parent; from >= 0; from = memory.token(from).parent) path |= std::uint64_t{1} << from;
+          state.restore(checkpoint);
+#pragma unroll 1
+          for (; path != 0; path &= path - 1) {
+            const auto& ancestor = memory.token(__ffsll(static_cast<long long>(path)) - 1);
+            float all_u[Tile::rows];
+            load_vectors(all_u, ancestor.value + lane_row);
+            state.add(ancestor.factors.decay, all_u, ancestor.added_key, key_lane);
+          }
+          continue;
+        }
       }
       float all_u[Tile::rows];
 #pragma unroll

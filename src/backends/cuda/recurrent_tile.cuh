@@ -54,7 +54,8 @@ struct RecurrentMemory {
     float key[K], query[K], value[V];
     float added_key[replays ? K : 4];  ///< as an entry
     DecodeFactors factors;
-    std::int32_t place;  ///< of the new entry
+    std::int32_t place;   ///< of the new entry
+    std::int32_t parent;  ///< in a tree
   };
   struct Entries {
     float keys[Tile::entries * K], corrections[Tile::entries * V];
@@ -67,6 +68,12 @@ struct RecurrentMemory {
   alignas(16) typename Tile::State state[K * V];
 
   __device__ Token& token(int t) { return reinterpret_cast<Token*>(this + 1)[t]; }
+  /// With drafts in a tree, the state that they begin with: where the state came in if there is room, or behind all `tokens`.
+  __device__ float4* checkpoint(int tokens) {
+    return reinterpret_cast<float4*>(has_checkpoint_room ? static_cast<void*>(state) : &token(tokens));
+  }
+  static constexpr bool has_checkpoint_room = sizeof(typename Tile::State) == sizeof(float);
+  static constexpr int checkpoint_bytes = has_checkpoint_room ? 0 : K * V * static_cast<int>(sizeof(float));
   /// Vector v of the key's values. So that lanes with different keys read different banks, vectors of some keys change places.
   __device__ uint4* state_vector(int key, int v) {
     constexpr int vectors = V / lanes_of<typename Tile::State>, banks = vectors < 8 ? vectors : 8;
@@ -98,6 +105,25 @@ struct RecurrentState {
 #pragma unroll
         for (int r = 0; r < Tile::rows; ++r) s[r][i + e] = fmaf(u[r], k[e], decay * s[r][i + e]);
     }
+  }
+  /// To and from shared memory: `memory` is the first vector of the thread's.
+  __device__ void save(float4* memory) const {
+#pragma unroll
+    for (int r = 0; r < Tile::rows; ++r)
+#pragma unroll
+      for (int i = 0; i < Tile::keys; i += 4)
+        store_four(reinterpret_cast<float*>(memory + (r * Tile::keys + i) / 4 * recurrent_threads), s[r] + i);
+  }
+  __device__ void restore(const float4* memory) {
+#pragma unroll
+    for (int r = 0; r < Tile::rows; ++r)
+#pragma unroll
+      for (int i = 0; i < Tile::keys; i += 4) {
+        float x[4];
+        load_vectors(x, reinterpret_cast<const float*>(memory + (r * Tile::keys + i) / 4 * recurrent_threads));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[r][i + e] = x[e];
+      }
   }
   /// S k and S q of all rows, of which each lane of a warp gets its number.
   __device__ float multiply(const float* from_k, const float* from_q, int lane) const {

@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   const unsigned n = p.first_row + blockIdx.z, first_head = blockIdx.y * p.block_heads;
   RowSlots<true> slots;
   // All else waits for it. Behind the last row of cu_seqlens there is one of the tokens of no sequence.
-  slots.fetch(p, token_tile > 1 ? min(n, static_cast<unsigned>(p.rows) - 1) : n, static_cast<unsigned>(lane));
+  slots.fetch(p, !common && token_tile > 1 ? min(n, static_cast<unsigned>(p.rows) - 1) : n, static_cast<unsigned>(lane));
   const unsigned end_head = min(first_head + p.block_heads, static_cast<unsigned>(p.heads));
   const int block_rows = warps * static_cast<int>(p.span), block_begin = static_cast<int>(blockIdx.x) * block_rows;
   const int span_begin = block_begin + warp * static_cast<int>(p.span);
@@ -334,25 +334,16 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   ReplayRow row{n, 0, static_cast<int>(p.tokens), -1, {}};
   const WindowParams& window = p.window;
   const int groups = (window.capacity + group_entries - 1) / group_entries;
-  cudaTriggerProgrammaticLaunchCompletion();
-  if (p.dependent) cudaGridDependencySynchronize();
-  const auto zero_heads = [&] {
-    for (unsigned h = first_head; h < end_head; ++h)
-      zero_outputs(p, row.batch, row.first_token, row.first_token + row.count, h, block_begin,
-                   min(block_rows, p.value_dim - block_begin));
-  };
+  wait_for_inputs(p);
   bool good = true;
-  if (token_tile > 1 && p.cu_seqlens.data != nullptr) {
+  if (!common && token_tile > 1 && p.cu_seqlens.data != nullptr) {
     bool has = false;
     for (unsigned h = first_head; h < end_head; ++h)
       has = has_row(p, n, h, block_begin, min(block_rows, p.value_dim - block_begin));
     if (!has) return;
     row.batch = 0, row.first_token = static_cast<unsigned>(index_at(p.cu_seqlens, n));
     row.count = static_cast<int>(index_at(p.cu_seqlens, n + 1)) - static_cast<int>(row.first_token);
-    if (const int room = window.room(); row.count > room) {
-      if (threadIdx.x == 0) record(p.fault, FaultKind::window_room, n, row.count, room);
-      good = false;
-    }
+    good = has_room(p, n, row.count, threadIdx.x == 0);
   }
   const int count = min(row.count, token_tile);  // of a row that is good, all
 
@@ -400,8 +391,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   __pipeline_commit();
   const bool tree = token_tile > 1 && p.parent.data != nullptr;
   int parent = -1;
-  if (tree && lane < count)
-    parent = static_cast<int>(index_at(p.parent, row.batch, row.first_token + static_cast<unsigned>(lane)));
+  if (tree && lane < count) parent = parent_at(p, row.batch, row.first_token + static_cast<unsigned>(lane));
   slots.resolve(p, n);
   row.slot = slots.source;
   const auto slot = static_cast<unsigned>(row.slot);
@@ -493,7 +483,9 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   if (!good) {
     // Its first states are under way, which nothing has waited for.
     __pipeline_wait_prior(0);
-    zero_heads();
+    for (unsigned h = first_head; h < end_head; ++h)
+      zero_outputs(p, row.batch, row.first_token, row.first_token + row.count, h, block_begin,
+                   min(block_rows, p.value_dim - block_begin));
     return;
   }
   __pipeline_wait_prior(stages);  // v

@@ -15,6 +15,14 @@ static __device__ __forceinline__ void record(Fault* fault, FaultKind kind, std:
   fault->limit = limit;
 }
 
+/// What the kernel before writes is there behind this. What comes before this in a kernel thus must not need it; nor must it
+/// what the kernel before that one writes, so the next one does not begin earlier.
+template <class P>
+__device__ __forceinline__ void wait_for_inputs(const P& p) {
+  if (p.dependent) cudaGridDependencySynchronize();
+  if (p.early) cudaTriggerProgrammaticLaunchCompletion();
+}
+
 struct Row {
   std::int64_t batch = 0, first_token = 0, tokens = 0;
   std::int64_t source = 0;  ///< slot; -1: padding

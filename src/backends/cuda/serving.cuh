@@ -70,7 +70,6 @@ __global__ void __launch_bounds__(
   slots.fetch(p, n, static_cast<unsigned>(lane));  // all else waits for it
   const int span_begin = static_cast<int>((blockIdx.x * p.warps + warp) * p.span);
   const int span_end = min(span_begin + static_cast<int>(p.span), p.value_dim), count = static_cast<int>(p.tokens);
-  cudaTriggerProgrammaticLaunchCompletion();
 
   extern __shared__ uint4 shared[];
   const bool stores_each = !value_last && ((!common && p.store_tokens) || p.snapshots.data != nullptr);
@@ -102,15 +101,13 @@ __global__ void __launch_bounds__(
     for (int stage = 0; stage < early; ++stage) fetch_unit(stage, span_begin + stage * Unit::rows);
   };
   // The kernel before may be writing the inputs of a dependent launch, but neither slots nor states.
-  if (p.dependent) {
-    begin();
-    cudaGridDependencySynchronize();
-  }
+  if (p.ahead) begin();
+  wait_for_inputs(p);
   tokens.fetch(p, n, h, count, g, c);
   if (warp == 0) tokens.template fetch_gates<common>(p, n, h, count, g);
 #pragma unroll
   for (int stage = 0; stage < stages; ++stage) fetch_values(stage, span_begin + stage * Unit::rows);
-  if (p.dependent)
+  if (p.ahead)
     __pipeline_commit();
   else
     begin();
@@ -129,7 +126,7 @@ __global__ void __launch_bounds__(
     __syncthreads();
     if (warp != 0) tokens.pass({shared, lane, false});
   }
-  if (p.dependent) __pipeline_wait_prior(0);  // v has come last
+  if (p.ahead) __pipeline_wait_prior(0);  // v has come last
 
   const auto state_at = [&](std::int32_t slot, int first_value) {
     return static_cast<State*>(p.state_write.data) + offset_of(p.state_write, static_cast<unsigned>(slot), h) +

@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
   const unsigned n = p.first_row + blockIdx.z, h = blockIdx.y;
   const int span_begin = static_cast<int>(blockIdx.x * p.span),
             span_end = min(span_begin + static_cast<int>(p.span), p.value_dim);
-  cudaTriggerProgrammaticLaunchCompletion();
-  if (p.dependent) cudaGridDependencySynchronize();
+  wait_for_inputs(p);
   if (!has_row(p, n, h, span_begin, span_end - span_begin)) return;
 
   const std::int64_t source = source_slot(p, n);

@@ -26,7 +26,7 @@ __device__ bool fetch_record(const P& p, std::int64_t slot, unsigned row, Shared
   if (threadIdx.x < 32) {
     RecordRow found;
     const int lane = static_cast<int>(threadIdx.x);
-    bad = !found.fetch(p, slot, row, lane);
+    bad = !found.fetch(p, slot, row, lane, true);
     for (int i = 0; i < window_words; ++i) out.places[32 * i + lane] = found.places[i];
     out.length = found.length;
   }
@@ -136,18 +136,14 @@ __global__ void __launch_bounds__(block_threads, 4)
   const WindowParams& window = p.window;
   const DType entries = window.keys.dtype;
 
+  wait_for_inputs(p);
   if (!has_row(p, n, h, first_row, rows)) return;
   Row row = resolve(p, n, source_slot(p, n));
-  bool good = row.source >= 0;
-  if (good) {
-    const int room = window.room();
-    if (row.tokens > room) record(p.fault, FaultKind::window_room, n, row.tokens, room);
-    good = row.tokens <= room;
-  }
+  bool good = row.source >= 0 && has_room(p, n, row.tokens, true);
   if (good && p.parent.data != nullptr) {
     bool bad = false;
     for (int t = tid; t < row.tokens; t += block_threads) {
-      parents[t] = static_cast<int>(index_at(p.parent, row.batch, row.first_token + t));
+      parents[t] = parent_at(p, row.batch, row.first_token + t);
       if (parents[t] >= -1 && parents[t] < t) continue;
       record(p.fault, FaultKind::parent, n, parents[t], t - 1);
       bad = true;
