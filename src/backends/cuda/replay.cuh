@@ -257,11 +257,11 @@ __device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, c
 }
 
 /// The state of 16 rows where the window is full: gamma S + sum_j gamma_j u_j k_j^T. `load_corrections` gives those of a group
-/// of entries as a fragment.
-template <class Rows, class State, class Notes, class Load>
+/// of entries as a fragment. `overlaps`: there are registers for several runs of keys at a time.
+template <bool overlaps, class Rows, class State, class Notes, class Load>
 __device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int used, const Load& load_corrections, State* to) {
   // Three numbers are all of a float32, two are enough for a state of 16 bits.
-  constexpr int parts = sizeof(State) == 4 ? 3 : 2;
+  constexpr int parts = sizeof(State) == 4 ? 3 : 2, runs = Rows::keys / Rows::run_keys;
   const int lane = notes.lane, c = lane % 4;
   const float checkpoint_decay = notes.checkpoint_decay();
   Pair a[parts][4];
@@ -279,26 +279,42 @@ __device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int u
       a[parts - 1][word] = narrow(low, high, __nv_bfloat16{});
     }
   };
-  if (used == 1) scale_corrections(0);  // once for all keys
+  const auto add_group = [&](float(&sums)[Rows::pairs][4], int run, int group) {
+#pragma unroll
+    for (int pair = 0; pair < Rows::pairs; pair += 2) {
+      Pair keys[4];
+      load_transposed(keys, notes.key_vector(group, lane % 16, run * Rows::pairs + pair + lane / 16));
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int part = parts - 1; part >= 0; --part)
+          multiply_add(sums[pair + e], a[part][0], a[part][1], a[part][2], a[part][3], keys[2 * e], keys[2 * e + 1]);
+    }
+  };
+  // Once for all keys, if there is one group.
+  if constexpr (overlaps) {
+    if (used == 1) {
+      scale_corrections(0);
+#pragma unroll
+      for (int run = 0; run < runs; ++run, to += Rows::run_keys) {  // without a branch
+        float sums[Rows::pairs][4] = {};
+        add_group(sums, run, 0);
+        rows.store_sum(to, run, checkpoint_decay, sums);
+      }
+      return;
+    }
+  } else if (used == 1) {
+    scale_corrections(0);
+  }
 #pragma unroll 1
-  for (int run = 0; run < Rows::keys / Rows::run_keys; ++run) {
+  for (int run = 0; run < runs; ++run, to += Rows::run_keys) {
     float sums[Rows::pairs][4] = {};
 #pragma unroll 1
     for (int group = 0; group < used; ++group) {
-      if (used > 1) scale_corrections(group);
-#pragma unroll
-      for (int pair = 0; pair < Rows::pairs; pair += 2) {
-        Pair keys[4];
-        load_transposed(keys, notes.key_vector(group, lane % 16, run * Rows::pairs + pair + lane / 16));
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-#pragma unroll
-          for (int part = parts - 1; part >= 0; --part)
-            multiply_add(sums[pair + e], a[part][0], a[part][1], a[part][2], a[part][3], keys[2 * e], keys[2 * e + 1]);
-      }
+      if (overlaps || used > 1) scale_corrections(group);
+      add_group(sums, run, group);
     }
     rows.store_sum(to, run, checkpoint_decay, sums);
-    to += Rows::run_keys;
   }
 }
 
@@ -321,6 +337,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   using Notes = HeadNotes<Tokens, key_dim, token_tile>;
   constexpr int blocks = Tokens::blocks, parts = Rows::parts, stages = replay_stages;
   constexpr bool streams = token_tile == 1;  // more tokens have been slower with it
+  constexpr bool overlaps = token_tile == 1 && common && (parts == 1 || !Rows::narrow_state);
   const int warp = static_cast<int>(threadIdx.x / 32), warps = p.warps;
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
   const unsigned n = p.first_row + blockIdx.z, first_head = blockIdx.y * p.block_heads;
@@ -619,9 +636,9 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
       }
 
       if (folds)
-        fold(rows, notes, used, load_corrections,
-             static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) +
-                 (first_value * key_dim + Rows::vector_offset(lane)));
+        fold<overlaps>(rows, notes, used, load_corrections,
+                       static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) +
+                           (first_value * key_dim + Rows::vector_offset(lane)));
       __syncwarp();
       if (next.h < end_head) {
         rows.template fetch<streams>(next.state);
