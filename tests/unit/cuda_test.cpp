@@ -395,7 +395,9 @@ TEST_CASE("windows: faults are found on the device, and a captured step replays"
 
 namespace {
 
-/// Calls that reach each kernel, as dependent launches: the outputs of each are the values of the next one.
+/// Calls that reach each kernel, as dependent launches: the outputs of each are the values of the next one. Behind a call of
+/// the kernel there are a decode of all its tokens as rows of their own, and `long_row` of them as a row: that takes so long
+/// that the kernel would begin too early if it did not wait.
 struct Chain {
   const char* kernel;
   std::int64_t tokens;
@@ -404,9 +406,9 @@ struct Chain {
   bool value_last = false;
   std::int64_t capacity = 0;  ///< of a window
   DType entries = DType::bf16;
-  std::int64_t rows = 2;
+  std::int64_t rows = 20;
 
-  static constexpr std::int64_t calls = 24, q_heads = 2, v_heads = 4, dim = 128;
+  static constexpr std::int64_t calls = 24, q_heads = 2, v_heads = 4, dim = 128, long_row = 20;
 
   /// The bits of all outputs and states. Sets `skipped` if the backend cannot do this.
   std::vector<std::uint16_t> run(Backend& backend, bool dependent, std::string& skipped) const {
@@ -419,7 +421,7 @@ struct Chain {
     skipped = backend.unsupported_reason(problem);
     if (!skipped.empty()) return {};
 
-    const std::int64_t all_rows = rows * tokens, values = all_rows * v_heads * dim, state = v_heads * dim * (dim + padding);
+    const std::int64_t all = rows * tokens, values = all * v_heads * dim, state = v_heads * dim * (dim + padding);
     auto random = [&, seed = std::uint32_t{1}](std::int64_t count) mutable {
       std::vector<std::uint16_t> out(static_cast<std::size_t>(count));
       for (std::uint16_t& x : out) {
@@ -428,11 +430,12 @@ struct Chain {
       }
       return out;
     };
-    const Array<std::uint16_t> q(random(all_rows * q_heads * dim)), k(random(all_rows * q_heads * dim));
-    const Array<std::uint16_t> gates(random(all_rows * v_heads));
+    const Array<std::uint16_t> q(random(all * q_heads * dim)), k(random(all * q_heads * dim));
+    const Array<std::uint16_t> gates(random(all * v_heads));
     const Array<float> A_log(std::vector<float>{0.5f, -1, 0, 1});
-    // Every second call is a fast decode of all the tokens as rows of their own. Not written, an output is NaN.
-    const std::int64_t slots = calls / 2 * (rows + all_rows);
+    const std::array<std::int64_t, 3> lengths = {tokens, 1, long_row};
+    const std::int64_t slots = calls / 3 * (rows + all + all / long_row);
+    // Not written, an output is NaN.
     Array<std::uint16_t> chain(std::vector<std::uint16_t>(static_cast<std::size_t>((calls + 1) * values), 0x7fff));
     chain.set(random(values));
     const Array<std::uint16_t> pool(random(slots * state)), decoded(random(slots * v_heads * dim * dim));
@@ -459,8 +462,8 @@ struct Chain {
     const auto call_all = [&] {
       std::int64_t slot = 0;
       for (std::int64_t i = 0; i < calls; ++i) {
-        const bool as_rows = i % 2 != 0;
-        const std::int64_t B = as_rows ? all_rows : rows, T = as_rows ? 1 : tokens;
+        const bool own = i % 3 == 0;
+        const std::int64_t T = lengths[static_cast<std::size_t>(i % 3)], B = all / T;
         const auto view = [&](const Array<std::uint16_t>& data, std::int64_t at, std::vector<std::int64_t> shape) {
           shape.insert(shape.begin(), {B, T});
           return make_view(data.data() + at, inputs, shape, {}, gpu);
@@ -469,9 +472,9 @@ struct Chain {
         call.q = view(q, 0, {q_heads, dim}), call.k = view(k, 0, {q_heads, dim});
         call.v = view(chain, i * values, {v_heads, dim}), call.o = view(chain, (i + 1) * values, {v_heads, dim});
         call.a = call.b = view(gates, 0, {v_heads}), call.A_log = A_log.view({v_heads});
-        call.state = as_rows ? dense : states;
+        call.state = own ? states : dense;
         call.read_slots = make_view(all_slots.data() + slot, DType::i32, std::array{B}, {}, gpu);
-        if (capacity > 0 && !as_rows) call.window = &window;
+        if (capacity > 0 && own) call.window = &window;
         call.stream = stream, call.dependent_launch = dependent;
         op.forward(call);
         slot += B;
@@ -501,18 +504,19 @@ TEST_CASE("dependent launches wait for what the kernel before writes") {
   if (backend == nullptr) return;
   for (const Chain& chain : {Chain{"decode", 1},
                              {"decode", 1, 0, DType::bf16, true},
-                             {"decode", 1, 0, DType::bf16, true, 0, DType::bf16, 24},
-                             {"decode", 1, 0, DType::bf16, false, 0, DType::bf16, 24},
-                             {"serving", 4},
-                             {"serving", 16, 0, DType::bf16, true},
-                             {"serving", 4, 0, DType::bf16, false, 0, DType::bf16, 16},
-                             {"verify", 20},
+                             {"decode", 1, 0, DType::bf16, true, 0, DType::bf16, 40},
+                             {"decode", 1, 0, DType::bf16, false, 0, DType::bf16, 40},
+                             {"serving", 4, 0, DType::bf16, false, 0, DType::bf16, 5},
+                             {"serving", 16, 0, DType::bf16, true, 0, DType::bf16, 5},
+                             {"serving", 4, 0, DType::bf16, false, 0, DType::bf16, 40},
+                             {"verify", 20, 0, DType::bf16, false, 0, DType::bf16, 2},
                              {"recurrent", 3, 0, DType::f16},
-                             {"generic", 3, 1},
+                             {"generic", 2, 1, DType::bf16, false, 0, DType::bf16, 10},
                              {"replay", 1, 0, DType::bf16, false, 16},
-                             {"replay", 4, 0, DType::bf16, false, 16},
-                             {"recurrent, window", 2, 0, DType::bf16, false, 16, DType::f32},
-                             {"generic, window", 2, 1, DType::bf16, false, 16}}) {
+                             {"replay", 4, 0, DType::bf16, false, 16, DType::bf16, 5},
+                             {"recurrent, window", 2, 0, DType::bf16, false, 16, DType::f32, 10},
+                             {"generic, window", 2, 1, DType::bf16, false, 16, DType::bf16, 10}}) {
+    REQUIRE(chain.rows * chain.tokens % Chain::long_row == 0);
     CAPTURE(chain.kernel);
     CAPTURE(chain.rows);
     std::string skipped;
