@@ -301,7 +301,8 @@ class Expected {
  public:
   explicit Expected(const WindowScenario& s) : exact_(s, 0), terms_(s.config.key_dim + s.config.value_dim + s.capacity) {
     // Errors of opposite sign may cancel by luck: in an output of few values, and the rounding of one key in all of them.
-    const int evaluations = s.config.value_dim < 17 ? 24 : s.entries == DType::bf16 ? 12 : 4;
+    const bool few = s.config.value_dim < 8 || s.config.key_dim * s.config.value_dim < 256;
+    const int evaluations = few ? 24 : s.entries == DType::bf16 ? 12 : 4;
     for (int i = 0; i < evaluations; ++i) noisy_.emplace_back(s, static_cast<std::uint64_t>(i) + 1);
   }
   void run(const WindowStep& step) {
