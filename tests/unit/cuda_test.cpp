@@ -502,20 +502,18 @@ struct Chain {
 TEST_CASE("dependent launches wait for what the kernel before writes") {
   Backend* backend = usable();
   if (backend == nullptr) return;
-  for (const Chain& chain : {Chain{"decode", 1},
-                             {"decode", 1, 0, DType::bf16, true},
-                             {"decode", 1, 0, DType::bf16, true, 0, DType::bf16, 40},
-                             {"decode", 1, 0, DType::bf16, false, 0, DType::bf16, 40},
-                             {"serving", 4, 0, DType::bf16, false, 0, DType::bf16, 5},
-                             {"serving", 16, 0, DType::bf16, true, 0, DType::bf16, 5},
-                             {"serving", 4, 0, DType::bf16, false, 0, DType::bf16, 40},
-                             {"verify", 20, 0, DType::bf16, false, 0, DType::bf16, 2},
-                             {"recurrent", 3, 0, DType::f16},
-                             {"generic", 2, 1, DType::bf16, false, 0, DType::bf16, 10},
-                             {"replay", 1, 0, DType::bf16, false, 16},
-                             {"replay", 4, 0, DType::bf16, false, 16, DType::bf16, 5},
-                             {"recurrent, window", 2, 0, DType::bf16, false, 16, DType::f32, 10},
-                             {"generic, window", 2, 1, DType::bf16, false, 16, DType::bf16, 10}}) {
+  for (const Chain& chain :
+       {Chain{.kernel = "decode", .tokens = 1}, Chain{.kernel = "decode", .tokens = 1, .value_last = true},
+        Chain{.kernel = "decode", .tokens = 1, .value_last = true, .rows = 40},
+        Chain{.kernel = "decode", .tokens = 1, .rows = 40}, Chain{.kernel = "serving", .tokens = 4, .rows = 5},
+        Chain{.kernel = "serving", .tokens = 16, .value_last = true, .rows = 5},
+        Chain{.kernel = "serving", .tokens = 4, .rows = 40}, Chain{.kernel = "verify", .tokens = 20, .rows = 2},
+        Chain{.kernel = "recurrent", .tokens = 3, .inputs = DType::f16},
+        Chain{.kernel = "generic", .tokens = 2, .padding = 1, .rows = 10},
+        Chain{.kernel = "replay", .tokens = 1, .capacity = 16},
+        Chain{.kernel = "replay", .tokens = 4, .capacity = 16, .rows = 5},
+        Chain{.kernel = "recurrent, window", .tokens = 2, .capacity = 16, .entries = DType::f32, .rows = 10},
+        Chain{.kernel = "generic, window", .tokens = 2, .padding = 1, .capacity = 16, .rows = 10}}) {
     REQUIRE(chain.rows * chain.tokens % Chain::long_row == 0);
     CAPTURE(chain.kernel);
     CAPTURE(chain.rows);

@@ -216,13 +216,12 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
       window.keys.dtype != DType::bf16) {
     plan.kernel = Kernel::recurrent;
     plan.tree = p.parent.data != nullptr;
-    choose_start(p, plan);
-    return plan;
+  } else {
+    plan.kernel = Kernel::replay;
+    plan.token_tile = token_tile_of(tokens);
+    plan.common = !variable && has_usual_gates(p);
+    choose_shape(p, Stores::last, plan);
   }
-  plan.kernel = Kernel::replay;
-  plan.token_tile = token_tile_of(tokens);
-  plan.common = !variable && has_usual_gates(p);
-  choose_shape(p, Stores::last, plan);
   choose_start(p, plan);
   return plan;
 }

@@ -15,8 +15,8 @@ static __device__ __forceinline__ void record(Fault* fault, FaultKind kind, std:
   fault->limit = limit;
 }
 
-/// What the kernel before writes is there behind this. What comes before this in a kernel thus must not need it; nor must it
-/// what the kernel before that one writes, so the next one does not begin earlier.
+/// Behind this, what the kernel before wrote is there. Only then may the next one begin: so slots and states, which that may
+/// read before it waits itself, are there unless this kernel writes them.
 template <class P>
 __device__ __forceinline__ void wait_for_inputs(const P& p) {
   if (p.dependent) cudaGridDependencySynchronize();

@@ -94,11 +94,11 @@ __global__ void __launch_bounds__(
     __pipeline_commit();
   };
   // What is asked for first comes first: units that are used after the tokens have been prepared can wait for these.
-  constexpr int early = token_tile == 16 ? 1 : stages;
+  constexpr int first_stages = token_tile == 16 ? 1 : stages;
   const auto begin = [&] {
     slots.resolve(p, n);
 #pragma unroll
-    for (int stage = 0; stage < early; ++stage) fetch_unit(stage, span_begin + stage * Unit::rows);
+    for (int stage = 0; stage < first_stages; ++stage) fetch_unit(stage, span_begin + stage * Unit::rows);
   };
   // The kernel before may be writing the inputs of a dependent launch, but neither slots nor states.
   if (p.ahead) begin();
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(
   // One warp works for all.
   if (warp == 0) tokens.template prepare<common>(p, count, g, c);
 #pragma unroll
-  for (int stage = early; stage < stages; ++stage) fetch_unit(stage, span_begin + stage * Unit::rows);
+  for (int stage = first_stages; stage < stages; ++stage) fetch_unit(stage, span_begin + stage * Unit::rows);
   if (p.warps > 1) {
     if (warp == 0) tokens.pass({shared, lane, true});
     __syncthreads();
