@@ -515,7 +515,7 @@ TEST_CASE("dependent launches wait for what the kernel before writes") {
         Chain{.kernel = "recurrent, window", .tokens = 2, .capacity = 16, .entries = DType::f32, .rows = 10},
         Chain{.kernel = "generic, window", .tokens = 2, .padding = 1, .capacity = 16, .rows = 10}}) {
     REQUIRE(chain.rows * chain.tokens % Chain::long_row == 0);
-    CAPTURE(chain.kernel);
+    CAPTURE(std::string(chain.kernel));
     CAPTURE(chain.rows);
     std::string skipped;
     const auto expected = chain.run(*backend, false, skipped);

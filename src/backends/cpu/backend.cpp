@@ -288,8 +288,10 @@ void CpuBackend::forward(const Call& call) {
   };
 #if defined(_OPENMP)
   if (plan.threads > 1) {
-    // Short rows cost the same: neighbours in memory stay with one thread. Long ones may differ in length.
-    const std::int64_t piece = longest > max_step_tokens ? 1 : (plan.tasks + plan.threads - 1) / plan.threads;
+    // Short rows cost the same: neighbours in memory stay with one thread. Long ones may differ in length, and rows whose
+    // window is folded take twice as long as others.
+    const std::int64_t pieces = (call.problem.window ? 16 : 1) * plan.threads;
+    const std::int64_t piece = longest > max_step_tokens ? 1 : (plan.tasks + pieces - 1) / pieces;
 #pragma omp parallel for schedule(dynamic, piece) num_threads(plan.threads)
     for (std::int64_t task = 0; task < plan.tasks; ++task) run(task, omp_get_thread_num());
     return;
