@@ -27,6 +27,7 @@ constexpr Family all_families[] = {
     {"errors",     Tokens::few,    2'000,    0.3, 0.8, 0.5, 0.5, 0.2, 0.5, 0.1, 0.2},
     {"any",        Tokens::mixed,  100'000,  0.3, 0.6, 0.3, 0.3, 0.3, 0.4, 0.3, 0.4},
     {"serving",    Tokens::draft,  300'000,  0.0, 0.8, 0.3, 0.3, 0.2, 0.3, 0.0, 0.0, true},
+    {"chunks",     Tokens::many,   500'000,  0.4, 0.8, 0.1, 0.1, 0.2, 0.3, 0.0, 0.0, true},
 };
 // clang-format on
 

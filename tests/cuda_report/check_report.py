@@ -13,7 +13,7 @@ ENTRY = re.compile(
     r"Compiling entry function '(\S+)' for '(\w+)'\n.*Function properties for.*\n"
     r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
 )
-FAST = re.compile(r"(decode|decode_value_last|verify|serving|replay|recurrent)_kernel")
+FAST = re.compile(r"(decode|decode_value_last|verify|serving|chunks|replay|recurrent)_kernel")
 
 kernels = collections.defaultdict(set)
 failures = []

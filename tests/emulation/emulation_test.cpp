@@ -137,6 +137,17 @@ TEST_CASE("serving") {
     }
 }
 
+TEST_CASE("chunks") {
+  for (const DType state : states)
+    for (const std::int64_t T : {17, 37, 64, 133})
+      for (const bool value_last : {false, true}) {
+        const bool usual = T % 2 == 0;
+        // Blocks that are half empty, in which all warps prepare chunks, and in which some do nothing else.
+        check({state, T, T == 64 ? 64 : 128, T == 37 ? 96 : 32, shape(0, 4, 16), 1, 2, usual, value_last}, Kernel::chunks, 0);
+        check({state, T, 64, 64, shape(T == 37 ? 1 : 2, 4, 16), 2, 2, !usual, value_last, false, T == 133}, Kernel::chunks, 0);
+      }
+}
+
 TEST_CASE("decode") {
   for (const DType state : states) {
     for (const int rows_a_lane : {2, 4, 8})
@@ -188,6 +199,8 @@ TEST_CASE("how a call is cut into blocks does not change a bit") {
         agree({state, T, 128, 64, {}, 1, 2, true, value_last, !value_last}, Kernel::serving, tile_of(T),
               {shape(0, 1, 16), shape(0, 4, 16), shape(0, 2, 32), shape(0, 1, 64)});
     }
+    agree({state, 70, 64, 128, {}, 1, 2, true, false}, Kernel::chunks, 0,
+          {shape(0, 4, 16), shape(1, 2, 16), shape(2, 4, 16), shape(4, 12, 16)});
     for (const std::int64_t T : {1, 3, 8})
       for (const std::int64_t P : {5, 16})
         agree({state, T, 128, 64, {}, 2, 4, true, false, false, true, 16, P}, Kernel::replay, tile_of(T),
@@ -198,7 +211,7 @@ TEST_CASE("how a call is cut into blocks does not change a bit") {
 TEST_CASE("verify") {
   for (const DType state : states)
     for (const std::int64_t T : {5, 17}) {
-      // A key dimension that is not for the serving form, or too many tokens.
+      // A key dimension that is not for the serving form, or states after each of too many tokens.
       check({state, T, 256, 64, shape(0, 1, 32), 1, 2, true}, Kernel::verify, 8);
       if (T > 16) {
         // V-last states after each token are for the recurrence, but for those in a dtype of their own.

@@ -98,7 +98,7 @@ class Watching final : public Backend {
 }  // namespace
 
 TEST_CASE("the tables of launches are complete and ascend") {
-  for (const Kernel kernel : {Kernel::decode, Kernel::verify, Kernel::serving})
+  for (const Kernel kernel : {Kernel::decode, Kernel::verify, Kernel::serving, Kernel::chunks})
     for (const DType state : {DType::f32, DType::f16, DType::bf16})
       for (const bool value_last : {false, true})
         for (const Stores stores : {Stores::none, Stores::last, Stores::each})
@@ -109,11 +109,15 @@ TEST_CASE("the tables of launches are complete and ascend") {
             REQUIRE(rows.begin < rows.end);
             for (const Choice* row = rows.begin; row < rows.end; ++row) {
               CHECK(row->shape.warps >= 1);
-              CHECK(row->shape.warps <= (kernel == Kernel::verify ? 1 : 4));
+              CHECK(row->shape.warps <= (kernel == Kernel::verify ? 1 : kernel == Kernel::chunks ? 12 : 4));
               CHECK(row->shape.span >= 1);
               if (kernel == Kernel::decode) {
                 const int size = row->shape.rows_a_lane;
                 CHECK((size == 4 || size == 8 || size == (value_last ? 16 : 2)));
+              }
+              if (kernel == Kernel::chunks) {
+                CHECK(row->shape.preparing < row->shape.warps);
+                CHECK(row->shape.span == 16);
               }
               if (row != rows.begin) CHECK(row->states > row[-1].states);
             }
@@ -131,10 +135,14 @@ TEST_CASE("a call's form decides its kernel, the number of rows its shape alone"
             form.rows = 1;
             const Plan one = plan_of(form);
             const bool serving = !variable && key_dim <= 128 && tokens >= 2 && tokens <= 16;
-            CHECK(one.kernel == (serving ? Kernel::serving : tokens == 1 && !variable ? Kernel::decode : Kernel::verify));
+            const bool chunks = key_dim <= 128 && (variable || tokens > 16);
+            CHECK(one.kernel == (serving                    ? Kernel::serving
+                                 : chunks                   ? Kernel::chunks
+                                 : tokens == 1 && !variable ? Kernel::decode
+                                                            : Kernel::verify));
             if (serving) CHECK(one.token_tile == (tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16));
             CHECK(one.value_last == value_last);
-            CHECK(one.common);
+            CHECK(one.common == !chunks);  // which have no form of their own for these
             for (const std::int64_t rows : {2, 7, 64, 512, 70000}) {
               form.rows = rows;
               const Plan many = plan_of(form);
@@ -148,9 +156,12 @@ TEST_CASE("a call's form decides its kernel, the number of rows its shape alone"
 TEST_CASE("sequences of one length are cut into the same turns whatever else the call has") {
   for (const std::int64_t key_dim : {64, 128, 256})
     for (const std::int64_t length : {1, 8, 9, 16, 17}) {
-      // Turns of the longest tile that any plan of such a call may have must not split a row that another plan does not split.
+      // Chunks are of one size. Turns of the longest tile that any plan of such a call may have must not split a row that
+      // another plan does not split.
       const Plan alone = plan_of({.rows = 1, .tokens = length, .key_dim = key_dim, .variable = true});
       const Plan crowd = plan_of({.rows = 9, .tokens = length + 1000, .key_dim = key_dim, .variable = true});
+      CHECK(alone.kernel == crowd.kernel);
+      if (alone.kernel == Kernel::chunks) continue;
       const bool alone_once = length <= alone.token_tile, crowd_once = length <= crowd.token_tile;
       CHECK(alone_once == crowd_once);
       if (!alone_once) CHECK(alone.token_tile == crowd.token_tile);
@@ -170,6 +181,8 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
   CHECK(plan_of({.tokens = 4, .value_last = true}).kernel == Kernel::serving);
   CHECK(plan_of({.tokens = 4, .value_last = true, .snapshots = true}).kernel == Kernel::recurrent);
   CHECK(plan_of({.tokens = 4, .snapshots = true}).kernel == Kernel::serving);
+  CHECK(plan_of({.tokens = 17, .snapshots = true}).kernel == Kernel::verify);
+  CHECK(plan_of({.tokens = 17, .activations = DType::f16}).kernel == Kernel::verify);
 }
 
 TEST_CASE("a block of a V-last decode has whole rows of the state where V and K allow it") {
@@ -197,6 +210,10 @@ TEST_CASE("what a call does beside the ones around it depends on the bytes of it
   CHECK(begins({.rows = 3, .dependent = true}) == std::pair(false, false));
   CHECK(begins({.rows = 3, .value_last = true, .dependent = true}) == std::pair(false, true));
   CHECK(begins({.rows = 3, .value_last = true}) == std::pair(false, false));
+  CHECK(begins({.rows = 16, .value_last = true}) == std::pair(false, false));
+  CHECK(begins({.rows = 32, .value_last = true}) == std::pair(false, true));
+  CHECK(begins({.rows = 2, .state = DType::f32, .value_last = true}) == std::pair(false, false));
+  CHECK(begins({.rows = 4, .state = DType::f32, .value_last = true}) == std::pair(false, true));
   CHECK(begins({.rows = 2, .state = DType::f32, .dependent = true}) == std::pair(false, false));
   CHECK(begins({.rows = 4, .tokens = 4, .dependent = true}) == std::pair(true, true));
   CHECK(begins({.rows = 5, .tokens = 4, .value_last = true, .dependent = true}) == std::pair(false, false));
@@ -237,16 +254,16 @@ TEST_CASE("random cases reach every form of the fast kernels") {
   Watching watching;
   watching.computes = false;
   for (const verify::Family& family : verify::families())
-    for (std::int64_t i = 0; i < (family.serving ? 150 : 60); ++i) {
+    for (std::int64_t i = 0; i < 150; ++i) {
       const verify::Case c = verify::make_case(family, 1, i);
       verify::Instance instance(c, device::host_memory());
       const GatedDeltaRule op(c.config, watching);
       instance.add_workspace(op.workspace_size(instance.arguments()));
       op.forward(instance.arguments());
     }
-  const std::pair<Kernel, int> forms[] = {{Kernel::decode, 0},   {Kernel::verify, 8},  {Kernel::verify, 16},
-                                          {Kernel::serving, 4},  {Kernel::serving, 8}, {Kernel::serving, 16},
-                                          {Kernel::recurrent, 0}};
+  const std::pair<Kernel, int> forms[] = {{Kernel::decode, 0},    {Kernel::verify, 8},  {Kernel::verify, 16},
+                                          {Kernel::serving, 4},   {Kernel::serving, 8}, {Kernel::serving, 16},
+                                          {Kernel::recurrent, 0}, {Kernel::chunks, 0}};
   for (const auto& form : forms) {
     CAPTURE(static_cast<int>(form.first));
     CAPTURE(form.second);

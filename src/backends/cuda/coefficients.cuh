@@ -104,11 +104,15 @@ class SharedNumbers {
 ///
 /// W is made row by row, together with Q W. For normalised keys and beta <= 2 its elements are no larger than 2: they are the
 /// answers of the recurrence to one value, and a step of that is a contraction.
-template <int key_dim, int token_tile, int width>
+///
+/// `part_count`: as sums of how many bfloat16 numbers W, Q W and what they are multiplied with are kept. Three are all of a
+/// float32; where corrections are rounded to bfloat16, two are enough.
+template <int key_dim, int token_tile, int width, int part_count = 3>
 class TokenColumns {
  public:
   static_assert(token_tile == 4 || token_tile == 8);
   static constexpr int groups = 1;  ///< of 8 columns, for the keys
+  static constexpr int parts = part_count;
   static constexpr int blocks = token_tile / 4, runs = key_dim / (4 * width);
   static constexpr bool beside = token_tile == 4;  ///< keys and queries share a block
 
@@ -217,12 +221,12 @@ class TokenColumns {
         if constexpr (!beside) qw[e] += b * known;
       }
     }
-    split_in_three(w[0], w[1], [&](int part) -> Pair& { return solutions_[0][part]; });
-    if constexpr (!beside) split_in_three(qw[0], qw[1], [&](int part) -> Pair& { return solutions_[blocks - 1][part]; });
+    split_in<parts>(w[0], w[1], [&](int part) -> Pair& { return solutions_[0][part]; });
+    if constexpr (!beside) split_in<parts>(qw[0], qw[1], [&](int part) -> Pair& { return solutions_[blocks - 1][part]; });
   }
 
   /// What prepare() has found out.
-  static constexpr std::size_t shared_bytes = 128 * (9 + 3 * blocks);
+  static constexpr std::size_t shared_bytes = 128 * (9 + parts * blocks);
   __device__ void pass(SharedNumbers numbers) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -243,13 +247,17 @@ class TokenColumns {
 
   /// From R (rows g and g + 8 of 16) to the corrections U; adds to the outputs, which are in the columns of queries.
   __device__ void solve(const float (&in)[1][2][2], float (&corrections)[1][4], float (&out)[1][4]) const {
-    Pair a[3][2];
+    Pair a[parts][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      split_in_three(in[0][half][0], in[0][half][1], [&](int part) -> Pair& { return a[part][half]; });
-    const auto multiply = [&](float(&d)[4], const Pair(&b)[3]) {
-      multiply_add(d, a[2][0], a[2][1], a[1][0], a[1][1], b[0], b[1]);
-      multiply_add(d, a[0][0], a[0][1], a[1][0], a[1][1], b[2], b[0]);
+      split_in<parts>(in[0][half][0], in[0][half][1], [&](int part) -> Pair& { return a[part][half]; });
+    const auto multiply = [&](float(&d)[4], const Pair(&b)[parts]) {
+      if constexpr (parts == 3) {
+        multiply_add(d, a[2][0], a[2][1], a[1][0], a[1][1], b[0], b[1]);
+        multiply_add(d, a[0][0], a[0][1], a[1][0], a[1][1], b[2], b[0]);
+      } else {
+        multiply_add(d, a[1][0], a[1][1], b[0]);
+      }
       multiply_add(d, a[0][0], a[0][1], a[0][0], a[0][1], b[1], b[0]);
     };
     if constexpr (beside) {
@@ -273,17 +281,16 @@ class TokenColumns {
   }
 
   /// Corrections of the lane's columns, with their factors, as a fragment.
-  static constexpr int fragment = 3;
-  __device__ static void split(float x, float y, int, Pair (&out)[fragment]) {
-    split_in_three(x, y, [&](int part) -> Pair& { return out[part]; });
+  __device__ static void split(float x, float y, Pair (&out)[parts]) {
+    split_in<parts>(x, y, [&](int part) -> Pair& { return out[part]; });
   }
   /// d += U k^T for rows g and g + 8 and the keys of pair(0, i, j) and pair(0, i, j + 1).
-  __device__ void multiply_keys(float (&d)[2][4], const Pair (&u)[1][2][fragment], int i, int j) const {
+  __device__ void multiply_keys(float (&d)[2][4], const Pair (&u)[1][2][parts], int i, int j) const {
     const auto& [low, high] = u[0];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const Pair column = transposed(words_[0][i][j + e]);
-      multiply_add(d[e], low[2], high[2], column);
+      if constexpr (parts == 3) multiply_add(d[e], low[2], high[2], column);
       multiply_add(d[e], low[0], high[0], low[1], high[1], column, column);
     }
   }
@@ -292,14 +299,14 @@ class TokenColumns {
   Pair words_[blocks][runs][width / 2];
   GateInputs gates_;
   float log_decay_ = 0;
-  Pair solutions_[blocks][3];  ///< W, and Q W
-  float decays_[2];            ///< exp(G_t - G_j) n_j for row t and the lane's columns j <= t
-  float prefix_;               ///< exp(G_t) for row t
+  Pair solutions_[blocks][parts];  ///< W, and Q W
+  float decays_[2];                ///< exp(G_t - G_j) n_j for row t and the lane's columns j <= t
+  float prefix_;                   ///< exp(G_t) for row t
 };
 
 /// For one token of a replay window: its key in column 0, its query in column 1.
-template <int key_dim, int width>
-class TokenColumns<key_dim, 1, width> {
+template <int key_dim, int width, int part_count>
+class TokenColumns<key_dim, 1, width, part_count> {
  public:
   static constexpr int blocks = 1, runs = key_dim / (4 * width);
 

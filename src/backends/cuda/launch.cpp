@@ -20,6 +20,8 @@ FastKernel kernel_of(const Plan& plan, std::int64_t key_dim, bool replays) {
       return decode_kernel_of<state>(plan, key_dim);
     case Kernel::serving:
       return serving_kernel_of<state>(plan, key_dim);
+    case Kernel::chunks:
+      return chunks_kernel_of<state>(plan, key_dim);
     case Kernel::replay:
       return replay_kernel_of<state>(plan, key_dim);
     default:
@@ -76,7 +78,7 @@ cudaError_t launch_fast(const FastKernel& kernel, const Shape& shape, std::size_
   what.shared_bytes = block_bytes + static_cast<std::size_t>(warps) * warp_bytes;
   const int tiles = kernel.warps > 0 ? 1 : std::max((shape.span + kernel.warp_rows - 1) / kernel.warp_rows, 1);
   p.span = static_cast<std::uint16_t>(tiles * kernel.warp_rows), p.warps = static_cast<std::uint16_t>(warps);
-  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * warps;
+  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * (warps - p.preparing);
   what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows),
                    static_cast<unsigned>((p.heads + block_heads - 1) / block_heads));
   for (std::int64_t first = 0; first < rows; first += max_grid_yz) {
@@ -113,6 +115,13 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim, false);
   p.stores_stay = plan.shape.stores_stay, p.ahead = plan.ahead, p.early = plan.early;
   p.parts = std::max(parts_of(p.q.dtype), parts_of(p.k.dtype));
+  if (plan.kernel == Kernel::chunks) {
+    p.preparing = static_cast<std::uint8_t>(plan.shape.preparing);
+    const int row_warps = plan.shape.warps - plan.shape.preparing;
+    const int room = plan.shape.preparing > 0 ? 2 * plan.shape.preparing : row_warps;
+    const std::size_t bytes = kernel.chunk_bytes + static_cast<std::size_t>(row_warps) * kernel.chunk_value_bytes;
+    return launch_fast(kernel, plan.shape, 0, static_cast<std::size_t>(room) * bytes, p, rows, stream);
+  }
   std::size_t warp_bytes = kernel.bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
   if (p.store_tokens || p.snapshots.data != nullptr) warp_bytes += kernel.each_bytes;
   const std::size_t block_bytes = kernel.block_bytes + static_cast<std::size_t>(kernel.tokens) * kernel.token_bytes;

@@ -20,10 +20,16 @@ constexpr std::int64_t no_bound = INT64_MAX;
 // stores less, they are up to 8 % slower.
 constexpr Choice decode_16_bit[] = {
     {128, {4, 2, 8}}, {256, {4, 4, 16}}, {512, {8, 2, 64, true}}, {1024, {8, 1, 16}}, {no_bound, {4, 4, 32, true}}};
-constexpr Choice decode_32_bit[] = {{32, {4, 2, 4}},   {128, {8, 2, 8}},  {256, {8, 1, 16}},
-                                    {512, {8, 1, 32}}, {4096, {4, 2, 4}}, {no_bound, {8, 4, 32, true}}};
-constexpr Choice decode_value_last_16_bit[] = {{256, {4, 2, 1}}, {512, {16, 4, 1}}, {no_bound, {16, 4, 1, true}}};
-constexpr Choice decode_value_last_32_bit[] = {{128, {4, 2, 1}}, {256, {8, 4, 1}}, {no_bound, {16, 4, 1, true}}};
+constexpr Choice decode_32_bit[] = {{32, {4, 2, 4}},   {128, {8, 2, 8}},
+                                    {256, {8, 1, 16}}, {512, {8, 1, 32, false, Ahead::always}},
+                                    {4096, {4, 2, 4}}, {no_bound, {8, 4, 32, true}}};
+constexpr Choice decode_value_last_16_bit[] = {{256, {4, 2, 1, false, Ahead::dependent}},
+                                               {512, {16, 4, 1, false, Ahead::dependent}},
+                                               {no_bound, {16, 4, 1, true, Ahead::always}}};
+constexpr Choice decode_value_last_32_bit[] = {{64, {4, 2, 1, false, Ahead::dependent}},
+                                               {128, {4, 2, 1, false, Ahead::always}},
+                                               {256, {8, 4, 1, false, Ahead::always}},
+                                               {no_bound, {16, 4, 1, true, Ahead::always}}};
 constexpr Choice verify_rows[] = {{256, {0, 1, 16}}, {no_bound, {0, 1, 64}}};
 constexpr Choice serving_update_16_bit[] = {
     {32, {0, 1, 16}},   {256, {0, 4, 16}},        {512, {0, 4, 32}},
@@ -41,6 +47,7 @@ constexpr Choice replay_16_bit[] = {{256, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bo
 constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
 constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
 constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
+constexpr Choice chunks_rows[] = {{64, {4, 8, 16}}, {128, {4, 12, 16}}, {no_bound, {0, 4, 16}}};
 constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 
 template <std::size_t N>
@@ -89,6 +96,12 @@ bool fits_serving(const ForwardParams& p) {
          (p.snapshots.data == nullptr || p.snapshots.dtype == p.state_dtype);
 }
 
+/// More tokens than serving has at a time, or rows of different lengths, and no states but the last.
+bool fits_chunks(const ForwardParams& p) {
+  return p.key_dim <= 128 && (p.cu_seqlens.data != nullptr || p.tokens > 16) && p.snapshots.data == nullptr &&
+         !p.store_tokens && has_vectors(p.v, 3, 8) && has_vectors(p.o, 3, 8);
+}
+
 /// Where the recurrence is the faster kernel, measured on an H200 (16/32 heads, K = V = 128): two to four tokens whose q, k, v
 /// or o are not bfloat16 take 0.5 to 1.0 of the time that they take otherwise, with 8 it would be 0.9 to 1.4. And it is the one
 /// that stores V-last states after each token in whole lines of memory, which takes 0.4 to 1.1 of the time.
@@ -101,6 +114,9 @@ bool fits_recurrent(const ForwardParams& p, bool value_last) {
 }
 
 bool has_kernel(const Plan& plan, const Shape& shape) {
+  if (plan.kernel == Kernel::chunks)
+    return shape.preparing >= 0 && shape.preparing <= 4 && shape.warps > shape.preparing && shape.warps <= 12 &&
+           shape.span == 16;
   if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4)) return false;
   if (shape.span < 1 || shape.span > 1024) return false;
   if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;
@@ -128,6 +144,7 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
     return state == DType::f32 ? all(of_32_bit) : all(of_16_bit);
   };
   if (plan.kernel == Kernel::verify) return all(verify_rows);
+  if (plan.kernel == Kernel::chunks) return all(chunks_rows);
   if (plan.kernel == Kernel::replay)
     return plan.token_tile == 1 ? all(replay_one_token) : by_state(replay_16_bit, replay_32_bit);
   if (plan.kernel == Kernel::serving) {
@@ -145,11 +162,11 @@ namespace {
 
 void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
   static const std::optional<Shape> forced = parse_shape(std::getenv("GATEDELTA_CUDA_SHAPE"));
+  const Choices rows = choices(plan, p.state_dtype, stores);
+  plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
   if (forced && has_kernel(plan, *forced)) {
-    plan.shape = *forced;
-  } else {
-    const Choices rows = choices(plan, p.state_dtype, stores);
-    plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
+    const Ahead ahead = plan.shape.ahead;
+    plan.shape = *forced, plan.shape.ahead = ahead;
   }
   // V-last, all lanes of a warp have values.
   if (plan.kernel == Kernel::decode && plan.value_last) {
@@ -162,14 +179,15 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
 
 /// What a call does beside those before and behind it. Few blocks leave room for the next kernel's, which then can begin early.
 /// Where there are more, those that come early lie wherever there is room, unevenly, and what a kernel asks for ahead of its
-/// inputs delays these: that costs up to a quarter. V-last decoding has small blocks and gains at all sizes (measured on an
-/// H200).
+/// inputs delays these: that costs up to a quarter. V-last decoding has small blocks and gains nearly everywhere, as a plain
+/// call, too, if that is a large one (measured on an H200).
 void choose_start(const ForwardParams& p, Plan& plan) {
   constexpr std::int64_t MiB = 1 << 20;
   const bool decodes = plan.kernel == Kernel::decode;
   const std::int64_t bytes = p.rows * p.heads * p.key_dim * p.value_dim * static_cast<std::int64_t>(size_of(p.state_dtype));
   plan.early = bytes <= (decodes ? 2 : 4) * MiB;
-  plan.ahead = p.dependent && (plan.early || (decodes && plan.value_last));
+  const Ahead ahead = plan.shape.ahead;
+  plan.ahead = ahead == Ahead::always || (p.dependent && (plan.early || ahead == Ahead::dependent));
 }
 
 }  // namespace
@@ -188,6 +206,8 @@ Plan make_plan(const ForwardParams& p) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p.tokens);
     plan.common = usual;
+  } else if (vectors && fits_chunks(p)) {
+    plan.kernel = Kernel::chunks;
   } else if (!variable && p.tokens == 1) {
     plan.kernel = Kernel::decode;
     plan.common = usual && !snapshots;

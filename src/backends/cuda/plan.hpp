@@ -10,9 +10,12 @@ namespace gatedelta::cuda {
 
 constexpr std::int64_t max_grid_yz = 65535;
 
-enum class Kernel : std::uint8_t { generic, decode, verify, serving, replay, recurrent };
+enum class Kernel : std::uint8_t { generic, decode, verify, serving, chunks, replay, recurrent };
 /// Which states a call stores: that after a row's last token, or after each.
 enum class Stores : std::uint8_t { none, last, each };
+
+/// When a call asks for its states before its inputs: never, if it is a dependent launch, or always. See choose_start().
+enum class Ahead : std::uint8_t { never, dependent, always };
 
 /// How a fast kernel is cut into blocks, but for the recurrent one, which is always cut alike.
 struct Shape {
@@ -20,11 +23,13 @@ struct Shape {
     int rows_a_lane = 0;  ///< decode, K-last: value rows of a lane
     int value_lanes;      ///< decode, V-last: lanes along V, the others of a warp are along K
     int heads;            ///< replay: of a block, one after the other, no more than warps
+    int preparing;        ///< chunks: warps that do nothing else; 0: all prepare
   };
   int warps = 0;  ///< of a block (verify: one; decode, V-last: follows from the lanes)
   int span = 0;   ///< value rows of a warp, rounded up to what it has at a time (decode, V-last: that)
   /// decode, serving: stored states do not leave the L2 cache before others.
   bool stores_stay = false;
+  Ahead ahead = Ahead::never;  ///< decode
 };
 
 struct Plan {
@@ -84,6 +89,8 @@ struct FastKernel {
   // Recurrent: of a block, for each token that it has there and for a tree, and how many it has of a call without a window.
   std::size_t token_bytes = 0, tree_bytes = 0;
   int tokens = 0;
+  // Chunks, for each that there is room for: of a block, and of a warp with value rows.
+  std::size_t chunk_bytes = 0, chunk_value_bytes = 0;
   int warps = 0;  ///< of a block, where the kernel wants as many and has its rows at once
 };
 // The device code, by state dtype.
@@ -93,6 +100,8 @@ template <DType state>
 FastKernel verify_kernel_of(const Plan& plan, std::int64_t key_dim);
 template <DType state>
 FastKernel serving_kernel_of(const Plan& plan, std::int64_t key_dim);
+template <DType state>
+FastKernel chunks_kernel_of(const Plan& plan, std::int64_t key_dim);
 template <DType state>
 FastKernel replay_kernel_of(const Plan& plan, std::int64_t key_dim);
 template <DType state>

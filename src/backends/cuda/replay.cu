@@ -11,7 +11,7 @@ template <int key_dim, int token_tile, bool common>
 FastKernel describe() {
   void (*const kernel)(ReplayParams<FastParams>) = replay_kernel<State, key_dim, token_tile, common>;
   using Rows = StateRows<State, key_dim>;
-  using Notes = HeadNotes<TokenColumns<key_dim, token_tile, 8>, key_dim, token_tile>;
+  using Notes = HeadNotes<ReplayTokens<key_dim, token_tile>, key_dim, token_tile>;
   return {.function = reinterpret_cast<const void*>(kernel),
           .warp_rows = Rows::rows,
           .bytes = replay_stages * Rows::bytes,

@@ -15,13 +15,22 @@
 // A block has some heads of one row, and what a row has to look up before it can begin, one load after the other, is looked up
 // once for all of them. States stream through the rings of the warps from head to head. While the first ones are on their way,
 // what does not depend on the value row is worked out: by some warps what the tokens are to each other, and by others, if there
-// are enough, M as a sum of three bfloat16 numbers. Of heads with the same key and query, a team, most of that is the same.
+// are enough, M as a sum of bfloat16 numbers. Of heads with the same key and query, a team, most of that is the same.
 // How soon the streams can go on depends on the warp with the entries: so it asks for these as soon as it knows where they are,
 // and all warps leave most of the states until then.
 namespace gatedelta::cuda {
 
 constexpr int replay_stages = 2;
 constexpr int replay_max_warps = 4, replay_max_heads = replay_max_warps;
+template <int key_dim, int token_tile>
+using ReplayTokens = TokenColumns<key_dim, token_tile, 8, 2>;
+
+/// A lane's part of M for 16 entries, by halves of these, as sums of bfloat16 numbers.
+template <int numbers>
+struct alignas(numbers == 2 ? 16 : 8) Mix {
+  static constexpr int parts = numbers;
+  Pair pairs[parts][2];
+};
 /// Of 16 value rows of the corrections of a group.
 constexpr int group_stage_bytes = group_entries * 16 * 2;
 
@@ -29,6 +38,8 @@ constexpr int group_stage_bytes = group_entries * 16 * 2;
 /// The tokens' keys and queries are rows of a matrix; between rows there is a gap, so that 8 of them can be read at a time.
 template <class Tokens, int key_dim, int token_tile>
 struct HeadNotes {
+  /// Two numbers have twice the bits of what M is multiplied with. For one token a third one costs nothing.
+  using Mix = cuda::Mix<token_tile == 1 ? 3 : 2>;
   static constexpr int row_pitch = key_dim / 2 + 4, rows = token_tile == 1 ? 2 : 2 * token_tile;
   // Of a team: the rows, and for sequences that are folded the keys of each 16 entries.
   static constexpr int team_bytes = rows * row_pitch * 4, key_bytes = key_dim * 2, team_group_bytes = group_entries * key_bytes;
@@ -39,7 +50,7 @@ struct HeadNotes {
     else
       return static_cast<int>(Tokens::shared_bytes + Tokens::norms_bytes);
   }();
-  static constexpr int groups_at = checkpoint_at + 16, mix_bytes = Tokens::blocks * 3 * 2 * 32 * 4;
+  static constexpr int groups_at = checkpoint_at + 16, mix_bytes = Tokens::blocks * 32 * static_cast<int>(sizeof(Mix));
   static constexpr int group_bytes = mix_bytes + group_entries * 4;
   static constexpr int value_bytes = 2 * token_tile;  ///< for each of V
 
@@ -60,9 +71,7 @@ struct HeadNotes {
   __device__ float& checkpoint_decay() const { return *reinterpret_cast<float*>(memory + checkpoint_at); }
   __device__ char* group(int group) const { return memory + groups_at + group * group_bytes; }
   /// The lane's part of M.
-  __device__ Pair& mix(int group, int block, int part, int half) const {
-    return reinterpret_cast<Pair*>(this->group(group))[((block * 3 + part) * 2 + half) * 32 + lane];
-  }
+  __device__ Mix& mix(int group, int block) const { return reinterpret_cast<Mix*>(this->group(group))[block * 32 + lane]; }
   /// gamma_j for j = 16 group ...
   __device__ float* decays(int group) const { return reinterpret_cast<float*>(this->group(group) + mix_bytes); }
   __device__ std::uint16_t* values(int groups) const { return reinterpret_cast<std::uint16_t*>(this->group(groups)); }
@@ -180,14 +189,19 @@ class Entries {
 #pragma unroll 1
       for (int i = 0; i < heads; ++i) {
         const auto own = notes_of(h + i);
+        const float* const decays = own.decays(group);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float decay = own.decays(group)[8 * half + g];
+        for (int block = 0; block < Tokens::blocks; ++block) {
+          auto& mix = own.mix(group, block);
+          constexpr int parts = std::remove_reference_t<decltype(mix)>::parts;
 #pragma unroll
-          for (int block = 0; block < Tokens::blocks; ++block) {
-            float low = decay * products[0][block][2 * half], high = decay * products[0][block][2 * half + 1];
+          for (int half = 0; half < 2; ++half) {
+            const float decay = decays[8 * half + g];
+            Pair pairs[parts];
+            split_in<parts>(decay * products[0][block][2 * half], decay * products[0][block][2 * half + 1],
+                            [&](int part) -> Pair& { return pairs[part]; });
 #pragma unroll
-            for (int part = 0; part < 3; ++part) own.mix(group, block, part, half) = transposed(take_upper(low, high));
+            for (int part = 0; part < parts; ++part) mix.pairs[part][half] = transposed(pairs[part]);
           }
         }
       }
@@ -320,7 +334,7 @@ __device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int u
 
 template <class Rows, int token_tile, bool common>
 constexpr int replay_blocks() {
-  constexpr int blocks = TokenColumns<Rows::keys, token_tile, 8>::blocks;
+  constexpr int blocks = ReplayTokens<Rows::keys, token_tile>::blocks;
   constexpr int registers = blocks * Rows::keys / 8 +
                             (token_tile == 1   ? 96
                              : token_tile == 4 ? 96
@@ -333,8 +347,9 @@ template <class State, int key_dim, int token_tile, bool common>
 __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows<State, key_dim>, token_tile, common>())
     replay_kernel(const __grid_constant__ ReplayParams<FastParams> p) {
   using Rows = StateRows<State, key_dim>;
-  using Tokens = TokenColumns<key_dim, token_tile, 8>;
+  using Tokens = ReplayTokens<key_dim, token_tile>;
   using Notes = HeadNotes<Tokens, key_dim, token_tile>;
+  using Mix = typename Notes::Mix;
   constexpr int blocks = Tokens::blocks, parts = Rows::parts, stages = replay_stages;
   constexpr bool streams = token_tile == 1;  // more tokens have been slower with it
   constexpr bool overlaps = token_tile == 1 && common && (parts == 1 || !Rows::narrow_state);
@@ -531,14 +546,10 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     }
     --left_of_team;
     const float checkpoint_decay = notes.checkpoint_decay();
-    Pair mixes[blocks][3][2] = {};
+    Mix mixes[blocks] = {};
     if (used > 0)
 #pragma unroll
-      for (int block = 0; block < blocks; ++block)
-#pragma unroll
-        for (int part = 0; part < 3; ++part)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) mixes[block][part][half] = notes.mix(0, block, part, half);
+      for (int block = 0; block < blocks; ++block) mixes[block] = notes.mix(0, block);
     float value_factor = 0, key_factor = 0, query_factor = 0;
     std::uint16_t* result = nullptr;
     if constexpr (token_tile == 1) {
@@ -582,25 +593,23 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
       const auto load_corrections = [&](std::uint32_t(&words)[4], int group) {
         load_transposed(words, corrections_at(stage, group) + ((lane / 16 * 8 + lane % 8) * 2 + lane / 8 % 2) * 16);
       };
+      const auto add_entries = [&](float(&d)[4], const std::uint32_t(&a)[4], const Mix& mix) {
+#pragma unroll
+        for (int part = Mix::parts - 1; part >= 0; --part)
+          multiply_add(d, a[0], a[1], a[2], a[3], mix.pairs[part][0], mix.pairs[part][1]);
+      };
       if (used > 0) {
         std::uint32_t a[4];
         load_corrections(a, 0);
 #pragma unroll
-        for (int block = 0; block < blocks; ++block)
-#pragma unroll
-          for (int part = 2; part >= 0; --part)
-            multiply_add(products[0][block], a[0], a[1], a[2], a[3], mixes[block][part][0], mixes[block][part][1]);
+        for (int block = 0; block < blocks; ++block) add_entries(products[0][block], a, mixes[block]);
       }
 #pragma unroll 1
       for (int group = 1; group < used; ++group) {
         std::uint32_t a[4];
         load_corrections(a, group);
 #pragma unroll
-        for (int block = 0; block < blocks; ++block)
-#pragma unroll
-          for (int part = 2; part >= 0; --part)
-            multiply_add(products[0][block], a[0], a[1], a[2], a[3], notes.mix(group, block, part, 0),
-                         notes.mix(group, block, part, 1));
+        for (int block = 0; block < blocks; ++block) add_entries(products[0][block], a, notes.mix(group, block));
       }
 
       if constexpr (token_tile == 1) {

@@ -208,12 +208,12 @@ __global__ void __launch_bounds__(
         const float decay = tokens.decay_to(t);
         float factor[groups][2];
         tokens.factors_to(t, c, factor);
-        Pair fragments[groups][2][Tokens::fragment] = {};
+        Pair fragments[groups][2][Tokens::parts] = {};
 #pragma unroll
         for (int group = 0; group < groups; ++group)
 #pragma unroll
           for (int half = 0; half < halves; ++half)
-            Tokens::split(factor[group][0] * u[group][2 * half], factor[group][1] * u[group][2 * half + 1], c,
+            Tokens::split(factor[group][0] * u[group][2 * half], factor[group][1] * u[group][2 * half + 1],
                           fragments[group][half]);
 #pragma unroll
         for (int i = 0; i < runs; ++i) {

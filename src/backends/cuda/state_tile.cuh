@@ -48,6 +48,22 @@ struct StateTile {
       for (std::uint32_t& word : vector) word = 0;
   }
 
+  /// Straight from memory, the lane's first vector from here.
+  __device__ void load(const State* from, std::int64_t v_stride, std::int64_t k_stride) {
+    static_assert(words == 2 || words == 4);
+#pragma unroll
+    for (int vector = 0; vector < vectors; ++vector) {
+      const State* const at = from + step(vector, v_stride, k_stride);
+      if constexpr (words == 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(at);
+        raw[vector][0] = four.x, raw[vector][1] = four.y, raw[vector][2] = four.z, raw[vector][3] = four.w;
+      } else {
+        const uint2 two = *reinterpret_cast<const uint2*>(at);
+        raw[vector][0] = two.x, raw[vector][1] = two.y;
+      }
+    }
+  }
+
   /// A run of what was fetched from a K-last state, as float32.
   __device__ void widen_to(float (&s)[width], int half, int i) const {
 #pragma unroll

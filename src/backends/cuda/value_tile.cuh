@@ -66,24 +66,33 @@ class ValuePairs {
 };
 
 /// 16 tokens: of a tile a lane copies and stores 8 values of one token, 16 bytes; as matrices they come out of shared memory
-/// the other way around.
-template <class Unit>
+/// the other way around. `pairwise`: the halves of a tile have pairs of value rows in turn, not 8 rows each.
+template <class Unit, bool pairwise = false>
 class ValueVectors {
  public:
   static constexpr int groups = 2, halves = Unit::halves, tile_bytes = 16 * Unit::tile_rows * 2;
   static constexpr int bytes = Unit::tiles * tile_bytes;
 
-  __device__ ValueVectors(const FastParams& p, unsigned n, unsigned h, int lane) : p_(p), n_(n), h_(h), lane_(lane) {}
+  __device__ ValueVectors(const FastParams& p, unsigned n, unsigned h, int lane)
+      : ValueVectors(p, n, h, lane, 0, static_cast<int>(p.tokens)) {}
+  /// Of `count` tokens from `first`.
+  __device__ ValueVectors(const FastParams& p, unsigned n, unsigned h, int lane, unsigned first, int count)
+      : p_(p), n_(n), h_(h), first_(first), lane_(lane), count_(count) {}
 
   __device__ void fetch(char* memory, int first_value, int span_end) const {
     if (!has_token()) return;
-    const auto* const v = static_cast<const std::uint16_t*>(p_.v.data) +
-                          offset_of(p_.v, n_, static_cast<unsigned>(token()), head_of(h_, p_.v_group)) + first_value +
-                          8 * piece();
+    const auto* const v = static_cast<const std::uint16_t*>(p_.v.data) + offset_of(p_.v, n_, token(), head_of(h_, p_.v_group)) +
+                          first_value + 8 * piece();
 #pragma unroll
     for (int m = 0; m < Unit::tiles; ++m)
-      if (const int value = m * Unit::tile_rows; first_value + value < span_end)
-        __pipeline_memcpy_async(vector(memory, m), v + value, 16);
+      if (const int value = m * Unit::tile_rows; first_value + value < span_end) {
+        if constexpr (pairwise) {
+#pragma unroll
+          for (int pair = 0; pair < 4; ++pair) __pipeline_memcpy_async(word(memory, m, pair), v + value + 2 * pair, 4);
+        } else {
+          __pipeline_memcpy_async(vector(memory, m), v + value, 16);
+        }
+      }
   }
   __device__ void load(Pair (&out)[groups][halves], char* memory, int m) const {
     std::uint32_t words[4];
@@ -93,7 +102,7 @@ class ValueVectors {
 #pragma unroll
       for (int half = 0; half < halves; ++half) {
         // What is there in the place of tokens that are not is never used.
-        const int behind = static_cast<int>(p_.tokens) - (8 * group + lane_ % 4 * 2);
+        const int behind = count_ - (8 * group + lane_ % 4 * 2);
         out[group][half] = words[2 * group + half] & (behind > 1 ? 0xffffffffu : behind > 0 ? 0xffffu : 0u);
       }
   }
@@ -107,7 +116,11 @@ class ValueVectors {
     __syncwarp();
     store_transposed(matrix_row(memory, m), words);
     __syncwarp();
-    if (has_token()) store(first_value, *vector(memory, m));
+    if (!has_token()) return;
+    if constexpr (pairwise)
+      store(first_value, make_uint4(*word(memory, m, 0), *word(memory, m, 1), *word(memory, m, 2), *word(memory, m, 3)));
+    else
+      store(first_value, *vector(memory, m));
   }
   __device__ void zero(int first_value, int span_end) const {
     for (int value = first_value; value < span_end; value += Unit::tile_rows)
@@ -117,27 +130,32 @@ class ValueVectors {
  private:
   static_assert(Unit::tile_rows == 16);
 
-  __device__ int token() const { return lane_ / 2; }
+  __device__ int row() const { return lane_ / 2; }
+  __device__ unsigned token() const { return first_ + static_cast<unsigned>(row()); }
   __device__ int piece() const { return lane_ % 2; }
-  __device__ bool has_token() const { return token() < static_cast<int>(p_.tokens); }
-  // Rows of shared memory are tokens, of two vectors each, which change places in every other four rows: so that the rows of
-  // a matrix are in different banks.
+  __device__ bool has_token() const { return row() < count_; }
+  // Rows of shared memory are tokens, of two vectors each, one for each half of the tile, which change places in every other
+  // four rows: so that the rows of a matrix are in different banks.
   __device__ uint4* vector(char* memory, int m) const {
     return reinterpret_cast<uint4*>(memory + m * tile_bytes) + (lane_ ^ (lane_ / 8 % 2));
+  }
+  /// Pairwise, pair `pair` of the lane's four.
+  __device__ std::uint32_t* word(char* memory, int m, int pair) const {
+    char* const at = memory + m * tile_bytes + row() * 32 + (pair % 2 ^ (row() / 4 % 2)) * 16;
+    return reinterpret_cast<std::uint32_t*>(at) + 2 * piece() + pair / 2;
   }
   __device__ char* matrix_row(char* memory, int m) const {
     const int row = lane_ / 16 * 8 + lane_ % 8, half = lane_ / 8 % 2;
     return memory + m * tile_bytes + row * 32 + (half ^ (row / 4 % 2)) * 16;
   }
   __device__ void store(int first_value, const uint4& values) const {
-    auto* const to = static_cast<std::uint16_t*>(p_.o.data) + offset_of(p_.o, n_, static_cast<unsigned>(token()), h_) +
-                     first_value + 8 * piece();
+    auto* const to = static_cast<std::uint16_t*>(p_.o.data) + offset_of(p_.o, n_, token(), h_) + first_value + 8 * piece();
     *reinterpret_cast<uint4*>(to) = values;
   }
 
   const FastParams& p_;
-  const unsigned n_, h_;
-  const int lane_;
+  const unsigned n_, h_, first_;
+  const int lane_, count_;
 };
 
 }  // namespace gatedelta::cuda

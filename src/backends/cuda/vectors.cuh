@@ -52,11 +52,13 @@ __device__ inline Pair take_upper(float& low, float& high) {
   return __byte_perm(first, take_upper(high), 0x7632);
 }
 
-/// x and y as sums of three bfloat16 numbers each, exactly; part(i) is where pair i goes.
-template <class Part>
-__device__ __forceinline__ void split_in_three(float x, float y, Part part) {
+/// x and y as sums of bfloat16 numbers, part(i) is where pair i goes: three are all of a float32, two half as many bits again
+/// as a 16-bit number has.
+template <int parts, class Part>
+__device__ __forceinline__ void split_in(float x, float y, Part part) {
 #pragma unroll
-  for (int i = 0; i < 3; ++i) part(i) = take_upper(x, y);
+  for (int i = 0; i < parts - 1; ++i) part(i) = take_upper(x, y);
+  part(parts - 1) = narrow(x, y, __nv_bfloat16{});
 }
 
 template <class Element>

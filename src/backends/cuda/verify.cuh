@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
         for (int half = 0; half < halves; ++half)
 #pragma unroll
           for (int j = 0; j < width / 2; ++j)
-            split_in_three(s[half][i][2 * j], s[half][i][2 * j + 1], [&](int part) -> Pair& { return state[part][half][j]; });
+            split_in<3>(s[half][i][2 * j], s[half][i][2 * j + 1], [&](int part) -> Pair& { return state[part][half][j]; });
         const auto add_products = [&](int b, bool upper) {
 #pragma unroll
           for (int group = 0; group < groups; ++group)

@@ -7,10 +7,11 @@ namespace gatedelta::cuda {
 
 /// TokenColumns of 16 tokens: two groups of 8 columns for keys, and two for queries. Keys and queries are in the block's shared
 /// memory, each warp fetches some of them for all.
-template <int key_dim, int width>
-class TokenColumns<key_dim, 16, width> {
+template <int key_dim, int width, int part_count>
+class TokenColumns<key_dim, 16, width, part_count> {
  public:
   static constexpr int groups = 2, blocks = 2 * groups, runs = key_dim / (4 * width), pairs = width / 2;
+  static constexpr int parts = part_count;
 
   float key_factor[groups][2], value_factor[groups][2], query_factor[groups][2];
 
@@ -22,22 +23,29 @@ class TokenColumns<key_dim, 16, width> {
       if (const int block = block_of(turn), token = 8 * (block % groups) + g; block < blocks)
         fetch_column<width>(words_[turn], p, block >= groups, token < count, n, static_cast<unsigned>(token), h, c);
   }
+  /// `first`: where the tokens begin.
   template <bool common>
-  __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int count, int) {
-    if (const int token = own_token(); token < count) gates_.fetch<common>(p, n, static_cast<unsigned>(token), h);
+  __device__ void fetch_gates(const FastParams& p, unsigned n, unsigned h, int count, int, unsigned first = 0) {
+    if (const int token = own_token(); token < count) gates_.fetch<common>(p, n, first + static_cast<unsigned>(token), h);
   }
 
   __device__ void share(int g, int c) {
 #pragma unroll
     for (int turn = 0; turn < blocks; ++turn)
-      if (const int block = block_of(turn); block < blocks) {
-        char* const row = memory_ + (8 * block + g) * row_bytes + 4 * c;
-#pragma unroll
-        for (int i = 0; i < runs; ++i)
-#pragma unroll
-          for (int j = 0; j < pairs; ++j) *reinterpret_cast<Pair*>(row + ((i * pairs + j) ^ g) * 16) = words_[turn][i][j];
-      }
+      if (const int block = block_of(turn); block < blocks) put(words_[turn], block, g, c);
     __syncthreads();
+  }
+
+  /// Both, by one warp, which has the memory for itself.
+  __device__ void load(const FastParams& p, unsigned n, unsigned h, unsigned first, int count, int g, int c) {
+#pragma unroll
+    for (int block = 0; block < blocks; ++block) {
+      const int token = 8 * (block % groups) + g;
+      Pair words[runs][pairs];
+      fetch_column<width>(words, p, block >= groups, token < count, n, first + static_cast<unsigned>(token), h, c);
+      put(words, block, g, c);
+    }
+    __syncwarp();
   }
 
   /// As fragments of a matrix product: of column g of a block, four of its pairs from this one.
@@ -157,8 +165,8 @@ class TokenColumns<key_dim, 16, width> {
 #pragma unroll
     for (int place = 0; place < 3; ++place) {
       const int half = place == 0 ? 0 : 1, group = place == 2 ? 1 : 0;
-      split_in_three(w[half][group][0], w[half][group][1], [&](int part) -> Pair& { return solutions_[0][place][part]; });
-      split_in_three(qw[half][group][0], qw[half][group][1], [&](int part) -> Pair& { return solutions_[1][place][part]; });
+      split_in<parts>(w[half][group][0], w[half][group][1], [&](int part) -> Pair& { return solutions_[0][place][part]; });
+      split_in<parts>(qw[half][group][0], qw[half][group][1], [&](int part) -> Pair& { return solutions_[1][place][part]; });
 #pragma unroll
       for (int e = 0; e < 2; ++e) decays_[place][e] = decays[half][group][e];
     }
@@ -184,16 +192,16 @@ class TokenColumns<key_dim, 16, width> {
 
   /// From R (rows g and g + 8 of 16) to the corrections U; adds to the outputs.
   __device__ void solve(const float (&in)[groups][2][2], float (&corrections)[groups][4], float (&out)[groups][4]) const {
-    Pair a[3][4];
+    Pair a[parts][4];
 #pragma unroll
     for (int group = 0; group < groups; ++group)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        split_in_three(in[group][half][0], in[group][half][1], [&](int part) -> Pair& { return a[part][2 * group + half]; });
+        split_in<parts>(in[group][half][0], in[group][half][1], [&](int part) -> Pair& { return a[part][2 * group + half]; });
 #pragma unroll
-    for (int part = 2; part >= 0; --part)
+    for (int part = parts - 1; part >= 0; --part)
 #pragma unroll
-      for (int other = 2 - part; other >= 0; --other)
+      for (int other = parts - 1 - part; other >= 0; --other)
 #pragma unroll
         for (int matrix = 0; matrix < 2; ++matrix) {
           auto& d = matrix == 0 ? corrections : out;
@@ -215,18 +223,17 @@ class TokenColumns<key_dim, 16, width> {
     }
   }
 
-  static constexpr int fragment = 3;
-  __device__ static void split(float x, float y, int, Pair (&out)[fragment]) {
-    split_in_three(x, y, [&](int part) -> Pair& { return out[part]; });
+  __device__ static void split(float x, float y, Pair (&out)[parts]) {
+    split_in<parts>(x, y, [&](int part) -> Pair& { return out[part]; });
   }
   /// d += U k^T for rows g and g + 8 and the keys of pairs j and j + 1 of run i.
-  __device__ void multiply_keys(float (&d)[2][4], const Pair (&u)[groups][2][fragment], int i, int j) const {
+  __device__ void multiply_keys(float (&d)[2][4], const Pair (&u)[groups][2][parts], int i, int j) const {
     const int lane = own_lane(), row = lane % 8, first = i * pairs + j;
     Pair columns[4];
     load_transposed(columns,
                     memory_ + (lane / 8 % 2 * 8 + row) * row_bytes + ((lane / 16 ^ row) ^ first % 8) * 16 + first / 8 * 128);
 #pragma unroll
-    for (int part = fragment - 1; part >= 0; --part)
+    for (int part = parts - 1; part >= 0; --part)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         multiply_add(d[e], u[0][0][part], u[0][1][part], u[1][0][part], u[1][1][part], columns[2 * e], columns[2 * e + 1]);
@@ -236,7 +243,15 @@ class TokenColumns<key_dim, 16, width> {
   // A row of shared memory has the pairs of a token in the order of i, j and c, in vectors of four. Those of one i and j of 8
   // tokens are a matrix; so that they are in different banks, vector v of a row r is at v ^ (r % 8).
   static constexpr int row_bytes = 2 * key_dim;
-  static constexpr int numbers_bytes = 128 * (12 + 2 + 6 + 18);
+  static constexpr int numbers_bytes = 128 * (12 + 2 + 6 + 6 * parts);
+
+  __device__ void put(const Pair (&words)[runs][pairs], int block, int g, int c) const {
+    char* const row = memory_ + (8 * block + g) * row_bytes + 4 * c;
+#pragma unroll
+    for (int i = 0; i < runs; ++i)
+#pragma unroll
+      for (int j = 0; j < pairs; ++j) *reinterpret_cast<Pair*>(row + ((i * pairs + j) ^ g) * 16) = words[i][j];
+  }
 
   __device__ static int own_lane() { return static_cast<int>(threadIdx.x % 32); }
   /// Whose gates a lane fetches.
@@ -246,9 +261,9 @@ class TokenColumns<key_dim, 16, width> {
   char* const memory_;
   Pair words_[blocks][runs][width / 2];
   GateInputs gates_;
-  Pair solutions_[2][3][3];  ///< W, and Q W: rows g with columns of the first group, and rows g + 8 with those of both
-  float decays_[3][2];       ///< exp(G_t - G_j) n_j in the same three places
-  float prefix_[2];          ///< exp(G_t)
+  Pair solutions_[2][3][parts];  ///< W, and Q W: rows g with columns of the first group, and rows g + 8 with those of both
+  float decays_[3][2];           ///< exp(G_t - G_j) n_j in the same three places
+  float prefix_[2];              ///< exp(G_t)
 
  public:
   static constexpr std::size_t shared_bytes = numbers_bytes + blocks * 8 * row_bytes;
