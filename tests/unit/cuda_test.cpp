@@ -80,6 +80,34 @@ std::string device_error(Backend& backend, void* stream = nullptr) {
   return {};
 }
 
+/// Calls on a stream of their own, as a CUDA graph.
+class Graph {
+ public:
+  Graph() { REQUIRE(cudaStreamCreate(&stream_) == cudaSuccess); }
+  Graph(const Graph&) = delete;
+  ~Graph() {
+    CHECK(cudaGraphExecDestroy(executable_) == cudaSuccess);
+    CHECK(cudaGraphDestroy(graph_) == cudaSuccess);
+    CHECK(cudaStreamDestroy(stream_) == cudaSuccess);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+  /// Once.
+  template <class Calls>
+  void record(Calls calls) {
+    REQUIRE(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal) == cudaSuccess);
+    calls();
+    REQUIRE(cudaStreamEndCapture(stream_, &graph_) == cudaSuccess);
+    REQUIRE(cudaGraphInstantiate(&executable_, graph_, 0) == cudaSuccess);
+  }
+  void launch() { REQUIRE(cudaGraphLaunch(executable_, stream_) == cudaSuccess); }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 /// Calls as a model makes them, of one row, in bfloat16.
 class Model {
  public:
@@ -180,22 +208,16 @@ TEST_CASE("a captured call replays with changed inputs") {
   call.q = call.k = one.view({1, 1, 1, 1});
   call.v = v.view({1, 1, 1, 1}), call.o = o.view({1, 1, 1, 1}), call.beta = beta.view({1, 1, 1});
   call.state = pool.view({2, 1, 1, 1}), call.read_slots = slots.view({1});
-  cudaStream_t stream;
-  REQUIRE(cudaStreamCreate(&stream) == cudaSuccess);
-  call.stream = stream;
+  Graph graph;
+  call.stream = graph.stream();
   GatedDeltaRule(scalar(), *backend).forward(call);  // a backend may allocate something at the first call on a stream
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
-  GatedDeltaRule(scalar(), *backend).forward(call);
-  REQUIRE(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
-  REQUIRE(cudaGraphInstantiate(&executable, graph, 0) == cudaSuccess);
+  graph.record([&] { GatedDeltaRule(scalar(), *backend).forward(call); });
   const auto replay = [&](float value, float share, std::int32_t slot) {
     v.set({value});
     beta.set({share});
     slots.set({slot});
-    REQUIRE(cudaGraphLaunch(executable, stream) == cudaSuccess);
-    return device_error(*backend, stream);
+    graph.launch();
+    return device_error(*backend, graph.stream());
   };
   CHECK(replay(3, 1, 1) == "");
   CHECK(pool.get() == std::vector<float>{5, 3});
@@ -205,9 +227,6 @@ TEST_CASE("a captured call replays with changed inputs") {
   CHECK(replay(6, 1, 2) == "read_slots: row 0 has slot 2, the pool has 2 slots");
   CHECK(o.get() == std::vector<float>{0});
   CHECK(pool.get() == std::vector<float>{5.5f, 3});
-  CHECK(cudaGraphExecDestroy(executable) == cudaSuccess);
-  CHECK(cudaGraphDestroy(graph) == cudaSuccess);
-  CHECK(cudaStreamDestroy(stream) == cudaSuccess);
 }
 
 TEST_CASE("slots more than 2^31 elements apart") {
@@ -246,7 +265,7 @@ TEST_CASE("a pool of 100 GB gives what a small one gives") {
     return;
   }
   Array<std::uint16_t> large(bytes / 2);
-  for (const std::int64_t tokens : {1, 4}) {
+  for (const std::int64_t tokens : {1, 4, 40}) {
     Model model(*backend, tokens, 1);
     const std::vector<std::uint16_t> state = model.random(Model::state_size);
     Array<std::uint16_t> small(state);
@@ -371,26 +390,19 @@ TEST_CASE("windows: faults are found on the device, and a captured step replays"
 
   // Whole steps on the device alone: windows fill up and are folded, and the states are those of plain decoding.
   restart();
-  cudaStream_t stream = nullptr;
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t step = nullptr;
-  REQUIRE(cudaStreamCreate(&stream) == cudaSuccess);
-  call.stream = accept.stream = stream;
-  REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
-  op.forward(call);
-  op.accept(accept);
-  REQUIRE(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
-  REQUIRE(cudaGraphInstantiate(&step, graph, 0) == cudaSuccess);
-  for (int i = 0; i < 5; ++i) REQUIRE(cudaGraphLaunch(step, stream) == cudaSuccess);
-  CHECK(device_error(*backend, stream) == "");
+  Graph step;
+  call.stream = accept.stream = step.stream();
+  step.record([&] {
+    op.forward(call);
+    op.accept(accept);
+  });
+  for (int i = 0; i < 5; ++i) step.launch();
+  CHECK(device_error(*backend, step.stream()) == "");
   CHECK(lengths() == std::vector<std::int32_t>{2, 2, 0});  // 1 2 3 1 2, and 2 4 2 4 2
   CHECK(pool.get() == std::vector<float>{2, 2, 1});
   op.state_of({.window = placed, .state = call.state, .slots = all.view({slots}), .out = states.view({slots, 1, 1, 1})});
   CHECK(device_error(*backend) == "");
   CHECK(states.get() == std::vector<float>{2, 2, 1});
-  CHECK(cudaGraphExecDestroy(step) == cudaSuccess);
-  CHECK(cudaGraphDestroy(graph) == cudaSuccess);
-  CHECK(cudaStreamDestroy(stream) == cudaSuccess);
 }
 
 namespace {
@@ -448,8 +460,7 @@ struct Chain {
     if (value_last) states = states.transposed(2, 3), dense = dense.transposed(2, 3);
 
     const GatedDeltaRule op(config, backend);
-    cudaStream_t stream = nullptr;
-    REQUIRE(cudaStreamCreate(&stream) == cudaSuccess);
+    Graph graph;
     WindowLayout layout;
     if (capacity > 0) layout = window_layout(config, slots, capacity, entries, tokens);
     const Array<std::byte> layer(std::vector<std::byte>(std::max<std::size_t>(layout.layer_bytes, 1)));
@@ -459,7 +470,7 @@ struct Chain {
       window = window_at(layout, layer.view_as(DType::i32, {1}).data, record.view_as(DType::i32, {1}).data, gpu);
       op.reset({.record = window.record});
     }
-    const auto call_all = [&] {
+    graph.record([&] {
       std::int64_t slot = 0;
       for (std::int64_t i = 0; i < calls; ++i) {
         const bool own = i % 3 == 0;
@@ -475,22 +486,13 @@ struct Chain {
         call.state = own ? states : dense;
         call.read_slots = make_view(all_slots.data() + slot, DType::i32, std::array{B}, {}, gpu);
         if (capacity > 0 && own) call.window = &window;
-        call.stream = stream, call.dependent_launch = dependent;
+        call.stream = graph.stream(), call.dependent_launch = dependent;
         op.forward(call);
         slot += B;
       }
-    };
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t executable = nullptr;
-    REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
-    call_all();
-    REQUIRE(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
-    REQUIRE(cudaGraphInstantiate(&executable, graph, 0) == cudaSuccess);
-    REQUIRE(cudaGraphLaunch(executable, stream) == cudaSuccess);
-    CHECK(device_error(backend, stream) == "");
-    CHECK(cudaGraphExecDestroy(executable) == cudaSuccess);
-    CHECK(cudaGraphDestroy(graph) == cudaSuccess);
-    CHECK(cudaStreamDestroy(stream) == cudaSuccess);
+    });
+    graph.launch();
+    CHECK(device_error(backend, graph.stream()) == "");
     std::vector<std::uint16_t> out = chain.get();
     for (const auto& after : {pool.get(), decoded.get()}) out.insert(out.end(), after.begin(), after.end());
     return out;
