@@ -13,7 +13,6 @@
 namespace gatedelta::cuda {
 
 constexpr int chunk_tokens = 16;
-constexpr int chunks_max_warps = 12;  ///< of a block, as registers allow
 
 template <class State, int key_dim, bool value_last>
 struct ChunkForm {

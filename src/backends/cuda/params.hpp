@@ -76,6 +76,8 @@ using FastParams = Params<std::int32_t>;
 
 constexpr int group_entries = 16;  ///< of a window, that a product takes at a time
 
+constexpr int chunks_max_warps = 12;  ///< of a block of the kernel for chunks, as registers allow
+
 /// A ReplayWindow.
 struct WindowParams {
   Tensor<std::int64_t, 4> keys, corrections;

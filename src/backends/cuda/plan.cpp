@@ -115,7 +115,7 @@ bool fits_recurrent(const ForwardParams& p, bool value_last) {
 
 bool has_kernel(const Plan& plan, const Shape& shape) {
   if (plan.kernel == Kernel::chunks)
-    return shape.preparing >= 0 && shape.preparing <= 4 && shape.warps > shape.preparing && shape.warps <= 12 &&
+    return shape.preparing >= 0 && shape.preparing <= 4 && shape.warps > shape.preparing && shape.warps <= chunks_max_warps &&
            shape.span == 16;
   if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4)) return false;
   if (shape.span < 1 || shape.span > 1024) return false;
@@ -180,7 +180,7 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
 /// What a call does beside those before and behind it. Few blocks leave room for the next kernel's, which then can begin early.
 /// Where there are more, those that come early lie wherever there is room, unevenly, and what a kernel asks for ahead of its
 /// inputs delays these: that costs up to a quarter. V-last decoding has small blocks and gains nearly everywhere, as a plain
-/// call, too, if that is a large one (measured on an H200).
+/// call, too, if that is a large one; K-last in one row of its table (measured on an H200).
 void choose_start(const ForwardParams& p, Plan& plan) {
   constexpr std::int64_t MiB = 1 << 20;
   const bool decodes = plan.kernel == Kernel::decode;

@@ -52,8 +52,7 @@ __device__ inline Pair take_upper(float& low, float& high) {
   return __byte_perm(first, take_upper(high), 0x7632);
 }
 
-/// x and y as sums of bfloat16 numbers, part(i) is where pair i goes: three are all of a float32, two half as many bits again
-/// as a 16-bit number has.
+/// x and y as sums of bfloat16 numbers, part(i) is where pair i goes: three are all of a float32.
 template <int parts, class Part>
 __device__ __forceinline__ void split_in(float x, float y, Part part) {
 #pragma unroll
