@@ -173,7 +173,7 @@ Workload::Workload(const Case& item, Platform& platform, const Rotation& rotatio
   const TensorView& given = first.read_slots.defined() ? first.read_slots : first.token_slots;
   std::vector<std::int32_t> slots(static_cast<std::size_t>(given.elements()));
   std::iota(slots.begin(), slots.end(), 0);
-  std::shuffle(slots.begin(), slots.end(), random);
+  if (!item.ordered) std::shuffle(slots.begin(), slots.end(), random);
   platform.copy_from_host(given.data, slots.data(), slots.size() * sizeof slots[0]);
   if (first.accepted.defined()) {
     std::vector<std::int32_t> accepted(static_cast<std::size_t>(item.batch));

@@ -38,6 +38,7 @@ struct Case {
   bool value_last = false;  ///< state storage [slots,H,K,V] instead of [slots,H,V,K]
   bool warm = false;        ///< always the same state, so that it may stay in cache
   bool dependent = false;   ///< calls with dependent_launch; without a window
+  bool ordered = false;     ///< the slots of a batch follow each other, instead of lying in no order
   std::int64_t window = 0;  ///< W of a replay window, with Mode::update; 0: none
   DType entries = DType::bf16;
   std::int64_t accepted = 0;  ///< tokens of each step that stay, with a window

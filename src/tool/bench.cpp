@@ -45,6 +45,7 @@ struct Options {
   std::string layout = "vk";
   std::vector<int> threads;
   bool warm = false, dependent = false;
+  std::string slots = "shuffled";
   std::int64_t window = 0, accepted = 0, layers = 36;
   bool tree = false;
   std::string entries = "bf16";
@@ -134,6 +135,7 @@ std::vector<Case> named_cases(const Options& options, const Case& base) {
           item.state_dtype = dtype_of("--state", state);
           item.warm = options.warm;
           item.dependent = options.dependent;
+          item.ordered = options.slots == "ordered";
           item.window = options.window;
           item.entries = dtype_of("--entries", options.entries);
           item.tree = options.tree;
@@ -334,6 +336,7 @@ ordered_json json_of(const Result& row, const bench::Platform& platform, const s
                       {"command", command_line()},
                       {"date", date}};
   if (item.dependent) out["dependent"] = true;
+  if (item.ordered) out["slots"] = "ordered";
   if (row.window) {
     out["window"] = item.window;
     out["entries"] = name_of(item.entries);
@@ -510,6 +513,10 @@ void add_bench_command(CLI::App& app) {
       ->needs(op)
       ->excludes("--window")
       ->excludes("--warm");
+  command->add_option("--slots", options->slots, "of a batch in the pool: shuffled or ordered")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"shuffled", "ordered"}))
+      ->needs(op);
   command->add_option("--min-time", options->effort.min_seconds, "seconds of measurement for each row")
       ->capture_default_str()
       ->check(CLI::Range(0.001, 600.0));
