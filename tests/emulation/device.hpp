@@ -68,6 +68,12 @@ inline unsigned __reduce_or_sync(unsigned, unsigned x) {
   for (int lane = 0; lane < gatedelta::emulation::warp_lanes; ++lane) out |= lanes[lane];
   return out;
 }
+template <class T>
+unsigned __match_any_sync(unsigned mask, T x) {
+  unsigned same = 0;
+  for (int lane = 0; lane < 32; ++lane) same |= __shfl_sync(mask, x, lane) == x ? 1u << lane : 0;
+  return same;
+}
 inline bool __any_sync(unsigned mask, bool x) { return __reduce_or_sync(mask, x) != 0; }
 inline bool __all_sync(unsigned mask, bool x) { return __reduce_or_sync(mask, !x) == 0; }
 inline void __syncwarp() { gatedelta::emulation::warp_barrier(); }

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(32 * chunks_max_warps, 1) chunks_kernel(const 
       for (int chunk = max(begin, 0); chunk < min(begin + group_chunks, chunks); ++chunk) {
         Tokens tokens(chunk_at(chunk));
         tokens.pass({chunk_at(chunk), lane, false});
-        float products[Tokens::blocks][4] = {};
+        float products[1][Tokens::blocks][4] = {};
         Pair columns[Tokens::blocks][4];
 #pragma unroll
         for (int i = 0; i < runs; ++i) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(32 * chunks_max_warps, 1) chunks_kernel(const 
             for (int part = parts - 1; part >= 0; --part)
 #pragma unroll
               for (int block = 0; block < Tokens::blocks; ++block)
-                multiply_add(products[block], a[part][0][0], a[part][0][1], a[part][1][0], a[part][1][1],
+                multiply_add(products[0][block], a[part][0][0], a[part][0][1], a[part][1][0], a[part][1][1],
                              columns[block][column], columns[block][column + 1]);
           }
         }
@@ -141,33 +141,14 @@ __global__ void __launch_bounds__(32 * chunks_max_warps, 1) chunks_kernel(const 
         Pair v[groups][halves];
         const Values values = values_of(chunk);
         values.load(v, values_at(chunk), 0);
-#pragma unroll
-        for (int group = 0; group < groups; ++group)
-#pragma unroll
-          for (int half = 0; half < halves; ++half) {
-            float v_values[2];
-            widen(v[group][half], v_values[0], v_values[1], __nv_bfloat16{});
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              in[group][half][e] =
-                  tokens.key_factor[group][e] * products[group][2 * half + e] + tokens.value_factor[group][e] * v_values[e];
-              out[group][2 * half + e] = tokens.query_factor[group][e] * products[groups + group][2 * half + e];
-            }
-          }
+        apply_factors(tokens, products, v, in, out);
         tokens.solve(in, u, out);
         values.store(out, values_at(chunk), 0, first_value);
 
         // Tokens that there are not have no decay and no correction.
         const float decay = tokens.decay_to(chunk_tokens - 1);
-        float factor[groups][2];
-        tokens.factors_to(chunk_tokens - 1, c, factor);
         Pair fragments[groups][2][Tokens::parts];
-#pragma unroll
-        for (int group = 0; group < groups; ++group)
-#pragma unroll
-          for (int half = 0; half < halves; ++half)
-            Tokens::split(factor[group][0] * u[group][2 * half], factor[group][1] * u[group][2 * half + 1],
-                          fragments[group][half]);
+        corrections_after(tokens, chunk_tokens - 1, c, u, fragments);
 #pragma unroll
         for (int i = 0; i < runs; ++i)
 #pragma unroll

@@ -304,6 +304,44 @@ class TokenColumns {
   float prefix_;                   ///< exp(G_t) for row t
 };
 
+/// R, and the outputs that there were without corrections, of 16 value rows: from the products of the state with all columns,
+/// as the sum of `chains`, and from v.
+template <class Tokens, int chains, int groups>
+__device__ __forceinline__ void apply_factors(const Tokens& tokens, const float (&products)[chains][Tokens::blocks][4],
+                                              const Pair (&v)[groups][2], float (&in)[groups][2][2], float (&out)[groups][4]) {
+#pragma unroll
+  for (int group = 0; group < groups; ++group)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float v_values[2];
+      widen(v[group][half], v_values[0], v_values[1], __nv_bfloat16{});
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float recalled = 0, read_out = 0;
+#pragma unroll
+        for (const auto& sums : products) {
+          recalled += sums[group][2 * half + e];
+          read_out += sums[Tokens::blocks - groups + group][2 * half + e];
+        }
+        in[group][half][e] = tokens.key_factor[group][e] * recalled + tokens.value_factor[group][e] * v_values[e];
+        out[group][2 * half + e] = tokens.query_factor[group][e] * read_out;
+      }
+    }
+}
+
+/// The corrections as fragments, with what has become of each in the state after token t.
+template <class Tokens, int groups>
+__device__ __forceinline__ void corrections_after(const Tokens& tokens, int t, int c, const float (&u)[groups][4],
+                                                  Pair (&fragments)[groups][2][Tokens::parts]) {
+  float factor[groups][2];
+  tokens.factors_to(t, c, factor);
+#pragma unroll
+  for (int group = 0; group < groups; ++group)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      Tokens::split(factor[group][0] * u[group][2 * half], factor[group][1] * u[group][2 * half + 1], fragments[group][half]);
+}
+
 /// For one token of a replay window: its key in column 0, its query in column 1.
 template <int key_dim, int width, int part_count>
 class TokenColumns<key_dim, 1, width, part_count> {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <bit>
 
 #include "backends/cuda/plan.hpp"
 
@@ -76,9 +77,10 @@ cudaError_t launch_fast(const FastKernel& kernel, const Shape& shape, std::size_
   const int warps = kernel.warps > 0 ? kernel.warps : shape.warps;
   what.threads = 32 * static_cast<unsigned>(warps);
   what.shared_bytes = block_bytes + static_cast<std::size_t>(warps) * warp_bytes;
+  p.warp_bytes = static_cast<std::uint32_t>(warp_bytes);
   const int tiles = kernel.warps > 0 ? 1 : std::max((shape.span + kernel.warp_rows - 1) / kernel.warp_rows, 1);
   p.span = static_cast<std::uint16_t>(tiles * kernel.warp_rows), p.warps = static_cast<std::uint16_t>(warps);
-  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * (warps - p.preparing);
+  const std::int64_t block_rows = static_cast<std::int64_t>(p.span) * ((warps - p.preparing) >> p.share_bits);
   what.grid = dim3(static_cast<unsigned>((p.value_dim + block_rows - 1) / block_rows),
                    static_cast<unsigned>((p.heads + block_heads - 1) / block_heads));
   for (std::int64_t first = 0; first < rows; first += max_grid_yz) {
@@ -122,9 +124,14 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
     const std::size_t bytes = kernel.chunk_bytes + static_cast<std::size_t>(row_warps) * kernel.chunk_value_bytes;
     return launch_fast(kernel, plan.shape, 0, static_cast<std::size_t>(room) * bytes, p, rows, stream);
   }
-  std::size_t warp_bytes = kernel.bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
+  if (plan.kernel == Kernel::serving && plan.shape.shares > 0)
+    p.share_bits = static_cast<std::uint8_t>(std::countr_zero(static_cast<unsigned>(plan.shape.shares)));
+  const int stages = plan.shape.span > kernel.warp_rows ? kernel.stages : 1;
+  std::size_t warp_bytes =
+      static_cast<std::size_t>(stages) * kernel.bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
   if (p.store_tokens || p.snapshots.data != nullptr) warp_bytes += kernel.each_bytes;
-  const std::size_t block_bytes = kernel.block_bytes + static_cast<std::size_t>(kernel.tokens) * kernel.token_bytes;
+  std::size_t block_bytes = kernel.block_bytes + static_cast<std::size_t>(kernel.tokens) * kernel.token_bytes;
+  if (plan.value_last && p.share_bits > 0) block_bytes += warp_bytes, warp_bytes = 0;  // all of a block have a unit together
   return launch_fast(kernel, plan.shape, warp_bytes, block_bytes, p, rows, stream);
 }
 

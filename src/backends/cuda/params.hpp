@@ -59,10 +59,12 @@ struct Params {
 
   Tensor<std::int64_t, 4> state_write;
   std::int32_t heads;
-  int parts;               ///< of q and k as sums of bfloat16 numbers
-  bool stores_stay;        ///< in the L2 cache, of the states that decode and serving store
-  std::uint8_t preparing;  ///< chunks: warps of a block that do nothing else
-  Fault* fault;            ///< the device's record
+  int parts;                 ///< of q and k as sums of bfloat16 numbers
+  bool stores_stay;          ///< in the L2 cache, of the states that decode and serving store
+  std::uint8_t preparing;    ///< chunks: warps of a block that do nothing else
+  std::uint8_t share_bits;   ///< serving: 1 << share_bits warps have the same value rows
+  std::uint32_t warp_bytes;  ///< of shared memory
+  Fault* fault;              ///< the device's record
   std::int64_t rows, tokens;
   Tensor<Stride, 1> cu_seqlens;
   Tensor<Stride, 2> token_slots;

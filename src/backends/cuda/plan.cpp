@@ -38,8 +38,8 @@ constexpr Choice serving_update_16_bit[] = {
 constexpr Choice serving_update_32_bit[] = {
     {128, {0, 2, 16}}, {256, {0, 4, 32}}, {512, {0, 2, 64}}, {1024, {0, 2, 32, true}}, {no_bound, {0, 4, 32, true}},
 };
-constexpr Choice serving_each_16_bit[] = {{32, {0, 1, 16}}, {1024, {0, 4, 16}}, {no_bound, {0, 2, 16}}};
-constexpr Choice serving_each_32_bit[] = {{128, {0, 2, 16}}, {2048, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
+constexpr Choice serving_each_16_bit[] = {{64, {2, 2, 16}}, {256, {0, 4, 16}}, {1024, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
+constexpr Choice serving_each_32_bit[] = {{32, {2, 2, 16}}, {128, {0, 2, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 16}}};
 constexpr Choice serving_read_16_bit[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice serving_read_32_bit[] = {{256, {0, 1, 16}}, {no_bound, {0, 2, 64}}};
 constexpr Choice replay_one_token[] = {{256, {1, 4, 16}}, {512, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
@@ -48,7 +48,10 @@ constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
 constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
 constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
 constexpr Choice chunks_rows[] = {{64, {4, 8, 16}}, {128, {4, 12, 16}}, {no_bound, {0, 4, 16}}};
-constexpr Choice serving_value_last[] = {{2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
+constexpr Choice serving_value_last_16_bit[] = {{128, {4, 4, 1}}, {512, {2, 2, 1}}, {2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
+constexpr Choice serving_value_last_32_bit[] = {{32, {4, 4, 1}}, {128, {2, 2, 1}}, {512, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
+constexpr Choice wide_value_last_16_bit[] = {{128, {4, 4, 1}}, {no_bound, {0, 2, 1}}};
+constexpr Choice wide_value_last_32_bit[] = {{128, {2, 2, 1}}, {no_bound, {0, 2, 1}}};
 
 template <std::size_t N>
 constexpr Choices all(const Choice (&rows)[N]) {
@@ -120,6 +123,10 @@ bool has_kernel(const Plan& plan, const Shape& shape) {
   if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4)) return false;
   if (shape.span < 1 || shape.span > 1024) return false;
   if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;
+  if (plan.kernel == Kernel::serving)
+    return shape.shares == 0 ||
+           ((shape.shares == 2 || shape.shares == 4) &&
+            (plan.value_last ? shape.warps == shape.shares : shape.warps % shape.shares == 0 && shape.span <= 16));
   if (plan.kernel != Kernel::decode) return true;
   const int size = shape.rows_a_lane;
   return size == 4 || size == 8 || size == (plan.value_last ? 16 : 2);
@@ -148,8 +155,11 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
   if (plan.kernel == Kernel::replay)
     return plan.token_tile == 1 ? all(replay_one_token) : by_state(replay_16_bit, replay_32_bit);
   if (plan.kernel == Kernel::serving) {
-    if (plan.value_last) return all(serving_value_last);
-    if (plan.token_tile == 16) return by_state(wide_16_bit, wide_32_bit);
+    const bool wide = plan.token_tile == 16;
+    if (plan.value_last)
+      return wide ? by_state(wide_value_last_16_bit, wide_value_last_32_bit)
+                  : by_state(serving_value_last_16_bit, serving_value_last_32_bit);
+    if (wide) return by_state(wide_16_bit, wide_32_bit);
     if (stores == Stores::none) return by_state(serving_read_16_bit, serving_read_32_bit);
     if (stores == Stores::each) return by_state(serving_each_16_bit, serving_each_32_bit);
     return by_state(serving_update_16_bit, serving_update_32_bit);
@@ -167,6 +177,11 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
   if (forced && has_kernel(plan, *forced)) {
     const Ahead ahead = plan.shape.ahead;
     plan.shape = *forced, plan.shape.ahead = ahead;
+  }
+  if (plan.kernel == Kernel::serving && !plan.value_last) {
+    int& shares = plan.shape.shares;
+    if (stores != Stores::each) shares = 0;
+    while (shares > p.tokens) shares /= 2;
   }
   // V-last, all lanes of a warp have values.
   if (plan.kernel == Kernel::decode && plan.value_last) {

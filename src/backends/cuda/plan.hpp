@@ -24,6 +24,7 @@ struct Shape {
     int value_lanes;      ///< decode, V-last: lanes along V, the others of a warp are along K
     int heads;            ///< replay: of a block, one after the other, no more than warps
     int preparing;        ///< chunks: warps that do nothing else; 0: all prepare
+    int shares;           ///< serving: warps that share rows, K-last only for states after each token; 0: none do
   };
   int warps = 0;  ///< of a block (verify: one; decode, V-last: follows from the lanes)
   int span = 0;   ///< value rows of a warp, rounded up to what it has at a time (decode, V-last: that)
@@ -80,8 +81,10 @@ cudaError_t take_fault(Fault& fault, cudaStream_t stream);
 struct FastKernel {
   const void* function = nullptr;
   int warp_rows = 0;  ///< value rows that a warp has at a time
-  // Shared memory of a warp: in any case, for each part of keys and queries, and where states after each token are stored.
+  // Shared memory of a warp: for each stage, of which there are as many unless its span is shorter; for each part of keys and
+  // queries; and where states after each token are stored.
   std::size_t bytes = 0, part_bytes = 0, each_bytes = 0;
+  int stages = 1;
   std::size_t block_bytes = 0;  ///< of a block beside its warps
   std::size_t group_bytes = 0;  ///< of a warp, for each group of entries of a window
   // Replay, for each head of a block: in any case, for each 16 entries, for each value row; and for heads that share a key.

@@ -111,7 +111,7 @@ __device__ std::int64_t source_slot(const P& p, unsigned n) {
 template <bool common = false>
 struct RowSlots {
   std::int32_t source = -1, final_slot = -1;
-  std::int32_t token_slot = -1;  ///< of token `lane`, or of the last one
+  std::int32_t token_slot = -1;  ///< of token `lane`, or of the last one; -1 also where a later state goes to the same slot
 
   template <class P>
   __device__ void fetch(const P& p, unsigned n, unsigned lane) {
@@ -132,6 +132,10 @@ struct RowSlots {
     if (!common && p.store_tokens) {
       token_slot = static_cast<std::int32_t>(checked_slot(p, FaultKind::token_slots, token_.value(p.token_slots.dtype), n));
       bad = __any_sync(0xffffffffu, bad || token_slot == -2);
+      // Of several states for one slot the last one stays there, whatever the order in which they are stored.
+      const int lane = static_cast<int>(threadIdx.x % 32);
+      const unsigned same = __match_any_sync(0xffffffffu, token_slot);
+      if (lane + 1 < p.tokens && (same >> lane > 1 || token_slot == final_slot)) token_slot = -1;
     }
     if (bad) source = final_slot = token_slot = -1;
   }

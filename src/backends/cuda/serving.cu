@@ -13,9 +13,10 @@ FastKernel describe() {
   using Unit = StateUnit<State, key_dim, value_last>;
   return {reinterpret_cast<const void*>(kernel),
           Unit::rows,
-          serving_stages<value_last> * serving_stage_bytes<Unit, token_tile>,
+          serving_stage_bytes<Unit, token_tile>,
           0,
           value_last ? 0 : Unit::bytes,
+          serving_stages<value_last>,
           ServingTokens<Unit, token_tile>::shared_bytes};
 }
 

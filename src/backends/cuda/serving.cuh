@@ -34,8 +34,8 @@ using ServingValues =
 template <class Unit, int token_tile>
 constexpr int serving_stage_bytes = static_cast<int>(Unit::bytes) + ServingValues<Unit, token_tile>::bytes;
 
-/// Blocks that are to fit on a multiprocessor: as shared memory and registers allow, the latter by an estimate of what a thread
-/// needs beside fragments.
+/// Blocks that are to fit on a multiprocessor: as registers allow, by an estimate of what a thread needs beside fragments, and
+/// shared memory, but where how much a block has depends on how many warps share it: V-last, up to 8 tokens.
 template <class State, class Unit, int token_tile, bool value_last, bool common>
 constexpr int serving_blocks() {
   constexpr bool wide = token_tile == 16;
@@ -47,9 +47,10 @@ constexpr int serving_blocks() {
   constexpr int others = (token_tile == 4   ? 80
                           : token_tile == 8 ? 88
                                             : 113) +
-                         (Unit::pair_words == 2 || (wide && parts > 1) ? 16 : 0) + (value_last ? 24 : 0) + (common ? 0 : 16);
+                         (Unit::pair_words == 2 || (wide && parts > 1) ? 16 : 0) + (value_last && wide ? 24 : 0) +
+                         (common ? 0 : 8);
   constexpr int registers = 65536 / (32 * serving_max_warps * (fragments + others));
-  return memory < registers ? memory : registers;
+  return (!value_last || wide) && memory < registers ? memory : registers;
 }
 
 /// A warp has a span of value rows of one head, which it goes through unit by unit with the next ones under way. The first warp
@@ -68,28 +69,49 @@ __global__ void __launch_bounds__(
   const unsigned n = p.first_row + blockIdx.z, h = blockIdx.y;
   RowSlots<common> slots;
   slots.fetch(p, n, static_cast<unsigned>(lane));  // all else waits for it
-  const int span_begin = static_cast<int>((blockIdx.x * p.warps + warp) * p.span);
+  // Warps may share the value rows of a unit. K-last each has a copy and stores the states after tokens of its own, and all the
+  // same outputs. V-last, where a unit has several tiles, all of a block have one together: each copies a part and has tiles of
+  // its own.
+  const auto share = [&] { return static_cast<int>(threadIdx.x / 32 & ((1u << p.share_bits) - 1)); };
+  const auto is_own_tile = [&](int m) { return !value_last || (m & ((1 << p.share_bits) - 1)) == share(); };
+  const auto by_all = [&](auto copy) {
+    if (!value_last || p.share_bits == 0)
+      copy(std::integral_constant<int, 1>{}, 0);
+    else if (p.share_bits == 1)
+      copy(std::integral_constant<int, 2>{}, share());
+    else
+      copy(std::integral_constant<int, 4>{}, share());
+  };
+  const auto synchronise = [&] {
+    if (value_last && p.share_bits > 0)
+      __syncthreads();
+    else
+      __syncwarp();
+  };
+  const int span_begin = static_cast<int>(((blockIdx.x * p.warps + warp) >> p.share_bits) * p.span);
   const int span_end = min(span_begin + static_cast<int>(p.span), p.value_dim), count = static_cast<int>(p.tokens);
 
   extern __shared__ uint4 shared[];
   const bool stores_each = !value_last && ((!common && p.store_tokens) || p.snapshots.data != nullptr);
-  char* const memory = shared_address(
-      shared, Tokens::shared_bytes + warp * (stages * stage_bytes + (stores_each ? static_cast<unsigned>(Unit::bytes) : 0)));
-  const auto unit_at = [&](int stage) {
-    return Unit(memory + stage * stage_bytes, static_cast<unsigned>(lane), p.value_dim, p.stores_stay);
-  };
+  char* const memory = shared_address(shared, Tokens::shared_bytes + warp * p.warp_bytes);
+  const auto unit_in = [&](char* where) { return Unit(where, static_cast<unsigned>(lane), p.value_dim, p.stores_stay); };
+  const auto unit_at = [&](int stage) { return unit_in(memory + stage * stage_bytes); };
   Tokens tokens(shared);
   const ServingValues<Unit, token_tile> values(p, n, h, lane);
   const auto values_at = [&](int stage) { return memory + stage * stage_bytes + Unit::bytes; };
-  const auto fetch_values = [&](int stage, int first_value) { values.fetch(values_at(stage), first_value, span_end); };
+  const auto fetch_values = [&](int stage, int first_value) {
+    values.fetch(values_at(stage), first_value, span_end, is_own_tile);
+  };
   const auto fetch_unit = [&](int stage, int first_value) {
     if (first_value < span_end) {
-      if (slots.source >= 0 && p.initial_state)
-        unit_at(stage).fetch(static_cast<const State*>(p.state_read.data) +
-                                 offset_of(p.state_read, static_cast<unsigned>(slots.source), h) + Unit::offset(first_value),
-                             span_end - first_value);
-      else
-        unit_at(stage).clear();
+      const Unit unit = unit_at(stage);
+      if (slots.source >= 0 && p.initial_state) {
+        const State* const from = static_cast<const State*>(p.state_read.data) +
+                                  offset_of(p.state_read, static_cast<unsigned>(slots.source), h) + Unit::offset(first_value);
+        by_all([&](auto warps, int warp) { unit.template fetch<warps>(from, span_end - first_value, warp); });
+      } else if (!value_last || share() == 0) {
+        unit.clear();
+      }
     }
     __pipeline_commit();
   };
@@ -122,6 +144,7 @@ __global__ void __launch_bounds__(
 #pragma unroll
   for (int stage = first_stages; stage < stages; ++stage) fetch_unit(stage, span_begin + stage * Unit::rows);
   if (p.warps > 1) {
+    if (!value_last && p.share_bits > 0) __pipeline_wait_prior(0);  // states may go where another warp reads
     if (warp == 0) tokens.pass({shared, lane, true});
     __syncthreads();
     if (warp != 0) tokens.pass({shared, lane, false});
@@ -142,9 +165,10 @@ __global__ void __launch_bounds__(
     const Unit unit = unit_at(stage);
     const int unit_rows = span_end - unit_begin;
     __pipeline_wait_prior(stages - 1);
-    __syncwarp();
+    synchronise();
 #pragma unroll 1
-    for (int m = 0; m < Unit::tiles && m * Unit::tile_rows < unit_rows; ++m) {
+    for (int m = value_last ? share() : 0; m < Unit::tiles && m * Unit::tile_rows < unit_rows;
+         m += value_last ? 1 << p.share_bits : 1) {
       const int first_value = unit_begin + m * Unit::tile_rows;
       // Two sums do not wait for each other.
       constexpr int chains = token_tile < 8 ? 2 : 1;
@@ -178,47 +202,28 @@ __global__ void __launch_bounds__(
       float in[groups][2][2] = {}, out[groups][4] = {}, u[groups][4] = {};
       Pair v[groups][halves];
       values.load(v, values_at(stage), m);
-#pragma unroll
-      for (int group = 0; group < groups; ++group)
-#pragma unroll
-        for (int half = 0; half < halves; ++half) {
-          float v_values[2];
-          widen(v[group][half], v_values[0], v_values[1], __nv_bfloat16{});
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float recalled = 0, read_out = 0;
-#pragma unroll
-            for (const auto& sums : products) {
-              recalled += sums[group][2 * half + e];
-              read_out += sums[Tokens::blocks - groups + group][2 * half + e];
-            }
-            in[group][half][e] = tokens.key_factor[group][e] * recalled + tokens.value_factor[group][e] * v_values[e];
-            out[group][2 * half + e] = tokens.query_factor[group][e] * read_out;
-          }
-        }
+      apply_factors(tokens, products, v, in, out);
       tokens.solve(in, u, out);
       values.store(out, values_at(stage), m, first_value);
 
       // States: the last one, or that after each token.
+      const int first_token = stores_each ? share() : slots.final_slot >= 0 ? count - 1 : count;
 #pragma unroll 1
-      for (int t = stores_each ? 0 : slots.final_slot >= 0 ? count - 1 : count; t < count; ++t) {
+      for (int t = first_token; t < count; t += value_last ? 1 : 1 << p.share_bits) {
         // States after each token leave the one that they all begin with as it is.
-        const Unit to = stores_each ? unit_at(stages) : unit;
+        const Unit to = stores_each ? unit_in(memory + (p.warp_bytes - Unit::bytes)) : unit;
         tokens.forget();
         const float decay = tokens.decay_to(t);
-        float factor[groups][2];
-        tokens.factors_to(t, c, factor);
         Pair fragments[groups][2][Tokens::parts] = {};
-#pragma unroll
-        for (int group = 0; group < groups; ++group)
-#pragma unroll
-          for (int half = 0; half < halves; ++half)
-            Tokens::split(factor[group][0] * u[group][2 * half], factor[group][1] * u[group][2 * half + 1],
-                          fragments[group][half]);
+        corrections_after(tokens, t, c, u, fragments);
+        // As registers allow, no load waits for a store that may, for all the compiler knows, be to the same place.
+        constexpr bool loads_ahead = parts == 3;
+        std::uint32_t states[2][halves][4];
+        if (loads_ahead) load_run(states[0], unit, m, 0);
 #pragma unroll
         for (int i = 0; i < runs; ++i) {
-          std::uint32_t state[halves][4];
-          load_run(state, unit, m, i);
+          auto& state = states[i % 2];
+          if (!loads_ahead) load_run(state, unit, m, i);
 #pragma unroll
           for (int j = 0; j < pairs; j += 2) {
             float d[2][4] = {};
@@ -232,6 +237,7 @@ __global__ void __launch_bounds__(
                 Unit::pack(state[half], j + e, decay * x + d[e][2 * half], decay * y + d[e][2 * half + 1]);
               }
           }
+          if (loads_ahead && i + 1 < runs) load_run(states[(i + 1) % 2], unit, m, i + 1);
 #pragma unroll
           for (int half = 0; half < halves; ++half) to.store(state[half], m, half, i);
         }
@@ -249,10 +255,11 @@ __global__ void __launch_bounds__(
       }
     }
     if (value_last && slots.final_slot >= 0) {
-      __syncwarp();
-      unit.write(state_at(slots.final_slot, unit_begin), unit_rows);
+      synchronise();
+      by_all(
+          [&](auto warps, int warp) { unit.template write<warps>(state_at(slots.final_slot, unit_begin), unit_rows, warp); });
     }
-    __syncwarp();
+    synchronise();
     fetch_values(stage, unit_begin + stages * Unit::rows);
     fetch_unit(stage, unit_begin + stages * Unit::rows);
     stage = stage + 1 == stages ? 0 : stage + 1;

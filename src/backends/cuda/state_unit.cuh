@@ -30,17 +30,21 @@ class StateUnit {
   /// Elements from a head's first to the first of its value rows from `first_value`.
   __device__ static int offset(int first_value) { return value_last ? first_value : first_value * key_dim; }
 
-  /// Starts the copy of a unit whose first element is *from and which has `count` value rows.
-  __device__ void fetch(const State* from, int count) const {
-    for_each_vector(from, count, [](char* to, const State* vector) { __pipeline_memcpy_async(to, vector, 16); });
+  /// Starts the copy of a unit whose first element is *from and which has `count` value rows: one of `warps` that do it
+  /// together.
+  template <int warps = 1>
+  __device__ void fetch(const State* from, int count, int warp = 0) const {
+    for_each_vector<warps>(from, count, warp, [](char* to, const State* vector) { __pipeline_memcpy_async(to, vector, 16); });
   }
   /// Of a row that starts from zero.
   __device__ void clear() const {
-    for_each_vector(static_cast<State*>(nullptr), rows, [](char* to, State*) { *reinterpret_cast<uint4*>(to) = uint4{}; });
+    for_each_vector<1>(static_cast<State*>(nullptr), rows, 0,
+                       [](char* to, State*) { *reinterpret_cast<uint4*>(to) = uint4{}; });
   }
-  /// Copies it back. All lanes must have stored what they have of it.
-  __device__ void write(State* to, int count) const {
-    for_each_vector(to, count, [&](const char* from, State* vector) {
+  /// Copies it back, likewise. All lanes of all must have stored what they have of it.
+  template <int warps = 1>
+  __device__ void write(State* to, int count, int warp = 0) const {
+    for_each_vector<warps>(to, count, warp, [&](const char* from, State* vector) {
       store_vector(vector, *reinterpret_cast<const uint4*>(from), stores_stay_);
     });
   }
@@ -119,12 +123,12 @@ class StateUnit {
   }
 
   /// Calls function(address in shared memory, address in device memory) for the lane's vectors of each line.
-  template <class Pointer, class Function>
-  __device__ __forceinline__ void for_each_vector(Pointer* first, int count, Function function) const {
+  template <int warps, class Pointer, class Function>
+  __device__ __forceinline__ void for_each_vector(Pointer* first, int count, int warp, Function function) const {
     constexpr int vectors = line_vectors;
-    static_assert(vectors <= 32 && lines * vectors % 32 == 0);
-    constexpr int step = 32 / vectors;  // lines
-    const int line = lane_ / vectors, vector = lane_ % vectors;
+    static_assert(vectors <= 32 && lines * vectors % (32 * warps) == 0);
+    constexpr int step = 32 * warps / vectors;  // lines
+    const int line = (32 * warp + lane_) / vectors, vector = lane_ % vectors;
     if (value_last && vector * width >= count) return;
     const int stride = value_last ? value_dim_ : key_dim;
     first += line * stride + vector * width;

@@ -7,6 +7,10 @@
 // are together in memory. v goes through shared memory behind the unit.
 namespace gatedelta::cuda {
 
+struct AllTiles {
+  __device__ bool operator()(int) const { return true; }
+};
+
 /// Up to 8 tokens: each lane copies and stores the pairs that it has, two values of token g in each half of a tile.
 template <class Unit, class Tokens>
 class ValuePairs {
@@ -17,8 +21,9 @@ class ValuePairs {
   __device__ ValuePairs(const FastParams& p, unsigned n, unsigned h, int lane)
       : p_(p), n_(n), h_(h), lane_(lane), g_(lane / 4), c_(lane % 4) {}
 
-  /// Starts the copy of a unit's values from this one up to the end of the span.
-  __device__ void fetch(char* memory, int first_value, int span_end) const {
+  /// Starts the copy of a unit's values from this one up to the end of the span, of the tiles that `is_own` names.
+  template <class IsOwn>
+  __device__ void fetch(char* memory, int first_value, int span_end, IsOwn is_own) const {
     if (!has_v()) return;
     const auto* const v = static_cast<const std::uint16_t*>(p_.v.data) +
                           offset_of(p_.v, n_, static_cast<unsigned>(g_), head_of(h_, p_.v_group)) + first_value + 2 * c_;
@@ -26,7 +31,7 @@ class ValuePairs {
     for (int m = 0; m < Unit::tiles; ++m)
 #pragma unroll
       for (int half = 0; half < halves; ++half)
-        if (const int value = m * Unit::tile_rows + 8 * half; first_value + value < span_end)
+        if (const int value = m * Unit::tile_rows + 8 * half; first_value + value < span_end && is_own(m))
           __pipeline_memcpy_async(word(memory, m, half), v + value, sizeof(Pair));
   }
   /// Of tile m, columns 2c and 2c + 1 of row g of each half.
@@ -79,13 +84,14 @@ class ValueVectors {
   __device__ ValueVectors(const FastParams& p, unsigned n, unsigned h, int lane, unsigned first, int count)
       : p_(p), n_(n), h_(h), first_(first), lane_(lane), count_(count) {}
 
-  __device__ void fetch(char* memory, int first_value, int span_end) const {
+  template <class IsOwn = AllTiles>
+  __device__ void fetch(char* memory, int first_value, int span_end, IsOwn is_own = {}) const {
     if (!has_token()) return;
     const auto* const v = static_cast<const std::uint16_t*>(p_.v.data) + offset_of(p_.v, n_, token(), head_of(h_, p_.v_group)) +
                           first_value + 8 * piece();
 #pragma unroll
     for (int m = 0; m < Unit::tiles; ++m)
-      if (const int value = m * Unit::tile_rows; first_value + value < span_end) {
+      if (const int value = m * Unit::tile_rows; first_value + value < span_end && is_own(m)) {
         if constexpr (pairwise) {
 #pragma unroll
           for (int pair = 0; pair < 4; ++pair) __pipeline_memcpy_async(word(memory, m, pair), v + value + 2 * pair, 4);
@@ -139,14 +145,16 @@ class ValueVectors {
   __device__ uint4* vector(char* memory, int m) const {
     return reinterpret_cast<uint4*>(memory + m * tile_bytes) + (lane_ ^ (lane_ / 8 % 2));
   }
+  __device__ static char* half_of_row(char* memory, int m, int row, int half) {
+    return memory + m * tile_bytes + row * 32 + (half ^ (row / 4 % 2)) * 16;
+  }
   /// Pairwise, pair `pair` of the lane's four.
   __device__ std::uint32_t* word(char* memory, int m, int pair) const {
-    char* const at = memory + m * tile_bytes + row() * 32 + (pair % 2 ^ (row() / 4 % 2)) * 16;
+    char* const at = half_of_row(memory, m, row(), pair % 2);
     return reinterpret_cast<std::uint32_t*>(at) + 2 * piece() + pair / 2;
   }
   __device__ char* matrix_row(char* memory, int m) const {
-    const int row = lane_ / 16 * 8 + lane_ % 8, half = lane_ / 8 % 2;
-    return memory + m * tile_bytes + row * 32 + (half ^ (row / 4 % 2)) * 16;
+    return half_of_row(memory, m, lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2);
   }
   __device__ void store(int first_value, const uint4& values) const {
     auto* const to = static_cast<std::uint16_t*>(p_.o.data) + offset_of(p_.o, n_, token(), h_) + first_value + 8 * piece();
