@@ -179,7 +179,10 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
   CHECK(plan_of({.tokens = 5, .activations = DType::f16}).kernel == Kernel::verify);
   CHECK(plan_of({.tokens = 4, .activations = DType::f16}).kernel == Kernel::recurrent);
   CHECK(plan_of({.tokens = 4, .value_last = true}).kernel == Kernel::serving);
-  CHECK(plan_of({.tokens = 4, .value_last = true, .snapshots = true}).kernel == Kernel::recurrent);
+  CHECK(plan_of({.tokens = 4, .value_last = true, .snapshots = true}).kernel == Kernel::serving);
+  CHECK(plan_of({.tokens = 17, .value_last = true, .snapshots = true}).kernel == Kernel::recurrent);
+  CHECK(plan_of({.tokens = 2, .state = DType::f32, .value_last = true, .snapshots = true}).kernel == Kernel::serving);
+  CHECK(plan_of({.tokens = 3, .state = DType::f32, .value_last = true, .snapshots = true}).kernel == Kernel::recurrent);
   CHECK(plan_of({.tokens = 4, .snapshots = true}).kernel == Kernel::serving);
   CHECK(plan_of({.tokens = 17, .snapshots = true}).kernel == Kernel::verify);
   CHECK(plan_of({.tokens = 17, .activations = DType::f16}).kernel == Kernel::verify);

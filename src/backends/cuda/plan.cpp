@@ -50,6 +50,8 @@ constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}
 constexpr Choice chunks_rows[] = {{64, {4, 8, 16}}, {128, {4, 12, 16}}, {no_bound, {0, 4, 16}}};
 constexpr Choice serving_value_last_16_bit[] = {{128, {4, 4, 1}}, {512, {2, 2, 1}}, {2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 constexpr Choice serving_value_last_32_bit[] = {{32, {4, 4, 1}}, {128, {2, 2, 1}}, {512, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
+constexpr Choice value_last_each_16_bit[] = {{no_bound, {4, 4, 1}}};
+constexpr Choice value_last_each_32_bit[] = {{no_bound, {2, 2, 1}}};
 constexpr Choice wide_value_last_16_bit[] = {{128, {4, 4, 1}}, {no_bound, {0, 2, 1}}};
 constexpr Choice wide_value_last_32_bit[] = {{128, {2, 2, 1}}, {no_bound, {0, 2, 1}}};
 
@@ -105,28 +107,34 @@ bool fits_chunks(const ForwardParams& p) {
          !p.store_tokens && has_vectors(p.v, 3, 8) && has_vectors(p.o, 3, 8);
 }
 
-/// Where the recurrence is the faster kernel, measured on an H200 (16/32 heads, K = V = 128): two to four tokens whose q, k, v
-/// or o are not bfloat16 take 0.5 to 1.0 of the time that they take otherwise, with 8 it would be 0.9 to 1.4. And it is the one
-/// that stores V-last states after each token in whole lines of memory, which takes 0.4 to 1.1 of the time.
-bool fits_recurrent(const ForwardParams& p, bool value_last) {
+/// Where the recurrence is the faster kernel, measured on an H200 (16/32 heads, K = V = 128). Two to four tokens whose q, k, v
+/// or o are not bfloat16 take 0.5 to 1.0 of the time that they take otherwise, with 8 it would be 0.9 to 1.4. V-last states
+/// after each token take 0.4 to 1.1 of what they do in the other kernels but serving; in serving 16-bit states take 0.7 to 0.9
+/// of it, 32-bit ones of two tokens 0.9 to 1.0, of more 0.8 (few sequences) to 1.15 (64).
+bool fits_recurrent(const ForwardParams& p, bool value_last, bool serving) {
   const auto bfloat = [](const auto& tensor) { return tensor.dtype == DType::bf16; };
   const bool each = p.store_tokens || p.snapshots.data != nullptr;
   if (p.cu_seqlens.data != nullptr || p.tokens < 2 || (p.snapshots.data != nullptr && p.snapshots.dtype != p.state_dtype))
     return false;
-  return (p.tokens <= 4 && !(bfloat(p.q) && bfloat(p.k) && bfloat(p.v) && bfloat(p.o))) || (value_last && each);
+  if (value_last && each) return !serving || (p.state_dtype == DType::f32 && p.tokens > 2);
+  return p.tokens <= 4 && !(bfloat(p.q) && bfloat(p.k) && bfloat(p.v) && bfloat(p.o));
 }
 
-bool has_kernel(const Plan& plan, const Shape& shape) {
+/// V-last, states after each token are stored by as many warps as there are tiles of 16 rows in 128 bytes of a key.
+bool has_kernel(const Plan& plan, const Shape& shape, DType state, Stores stores) {
   if (plan.kernel == Kernel::chunks)
     return shape.preparing >= 0 && shape.preparing <= 4 && shape.warps > shape.preparing && shape.warps <= chunks_max_warps &&
            shape.span == 16;
   if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4)) return false;
   if (shape.span < 1 || shape.span > 1024) return false;
   if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;
-  if (plan.kernel == Kernel::serving)
-    return shape.shares == 0 ||
-           ((shape.shares == 2 || shape.shares == 4) &&
-            (plan.value_last ? shape.warps == shape.shares : shape.warps % shape.shares == 0 && shape.span <= 16));
+  if (plan.kernel == Kernel::serving) {
+    const int tiles = state == DType::f32 ? 2 : 4;
+    if (plan.value_last && stores == Stores::each) return shape.shares == tiles && shape.warps == tiles;
+    if (shape.shares == 0) return true;
+    return (shape.shares == 2 || shape.shares == 4) &&
+           (plan.value_last ? shape.warps == shape.shares : shape.warps % shape.shares == 0 && shape.span <= 16);
+  }
   if (plan.kernel != Kernel::decode) return true;
   const int size = shape.rows_a_lane;
   return size == 4 || size == 8 || size == (plan.value_last ? 16 : 2);
@@ -156,6 +164,7 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
     return plan.token_tile == 1 ? all(replay_one_token) : by_state(replay_16_bit, replay_32_bit);
   if (plan.kernel == Kernel::serving) {
     const bool wide = plan.token_tile == 16;
+    if (plan.value_last && stores == Stores::each) return by_state(value_last_each_16_bit, value_last_each_32_bit);
     if (plan.value_last)
       return wide ? by_state(wide_value_last_16_bit, wide_value_last_32_bit)
                   : by_state(serving_value_last_16_bit, serving_value_last_32_bit);
@@ -174,7 +183,7 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
   static const std::optional<Shape> forced = parse_shape(std::getenv("GATEDELTA_CUDA_SHAPE"));
   const Choices rows = choices(plan, p.state_dtype, stores);
   plan.shape = std::find_if(rows.begin, rows.end, [&](const Choice& row) { return p.rows * p.heads <= row.states; })->shape;
-  if (forced && has_kernel(plan, *forced)) {
+  if (forced && has_kernel(plan, *forced, p.state_dtype, stores)) {
     const Ahead ahead = plan.shape.ahead;
     plan.shape = *forced, plan.shape.ahead = ahead;
   }
@@ -210,14 +219,15 @@ void choose_start(const ForwardParams& p, Plan& plan) {
 Plan make_plan(const ForwardParams& p) {
   Plan plan;
   if (!has_fast_sizes(p, plan.value_last)) return plan;
-  if (fits_recurrent(p, plan.value_last)) {
+  const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
+  const bool serving = vectors && fits_serving(p);
+  if (fits_recurrent(p, plan.value_last, serving)) {
     plan.kernel = Kernel::recurrent;
     choose_start(p, plan);
     return plan;
   }
-  const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
   const bool snapshots = p.snapshots.data != nullptr, variable = p.cu_seqlens.data != nullptr;
-  if (vectors && fits_serving(p)) {
+  if (serving) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p.tokens);
     plan.common = usual;

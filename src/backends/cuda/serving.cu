@@ -15,7 +15,7 @@ FastKernel describe() {
           Unit::rows,
           serving_stage_bytes<Unit, token_tile>,
           0,
-          value_last ? 0 : Unit::bytes,
+          Unit::bytes,
           serving_stages<value_last>,
           ServingTokens<Unit, token_tile>::shared_bytes};
 }

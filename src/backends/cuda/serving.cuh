@@ -47,7 +47,11 @@ constexpr int serving_blocks() {
   constexpr int others = (token_tile == 4   ? 80
                           : token_tile == 8 ? 88
                                             : 113) +
-                         (Unit::pair_words == 2 || (wide && parts > 1) ? 16 : 0) + (value_last && wide ? 24 : 0) +
+                         (Unit::pair_words == 2 || (wide && parts > 1) ? 16 : 0) +
+                         (!value_last  ? 0
+                          : wide       ? 24
+                          : parts == 2 ? 16
+                                       : 8) +
                          (common ? 0 : 8);
   constexpr int registers = 65536 / (32 * serving_max_warps * (fragments + others));
   return (!value_last || wide) && memory < registers ? memory : registers;
@@ -71,7 +75,7 @@ __global__ void __launch_bounds__(
   slots.fetch(p, n, static_cast<unsigned>(lane));  // all else waits for it
   // Warps may share the value rows of a unit. K-last each has a copy and stores the states after tokens of its own, and all the
   // same outputs. V-last, where a unit has several tiles, all of a block have one together: each copies a part and has tiles of
-  // its own.
+  // its own; as many as there are tiles where states after each token are stored.
   const auto share = [&] { return static_cast<int>(threadIdx.x / 32 & ((1u << p.share_bits) - 1)); };
   const auto is_own_tile = [&](int m) { return !value_last || (m & ((1 << p.share_bits) - 1)) == share(); };
   const auto by_all = [&](auto copy) {
@@ -92,7 +96,7 @@ __global__ void __launch_bounds__(
   const int span_end = min(span_begin + static_cast<int>(p.span), p.value_dim), count = static_cast<int>(p.tokens);
 
   extern __shared__ uint4 shared[];
-  const bool stores_each = !value_last && ((!common && p.store_tokens) || p.snapshots.data != nullptr);
+  const bool stores_each = (!common && p.store_tokens) || p.snapshots.data != nullptr;
   char* const memory = shared_address(shared, Tokens::shared_bytes + warp * p.warp_bytes);
   const auto unit_in = [&](char* where) { return Unit(where, static_cast<unsigned>(lane), p.value_dim, p.stores_stay); };
   const auto unit_at = [&](int stage) { return unit_in(memory + stage * stage_bytes); };
@@ -167,9 +171,10 @@ __global__ void __launch_bounds__(
     __pipeline_wait_prior(stages - 1);
     synchronise();
 #pragma unroll 1
-    for (int m = value_last ? share() : 0; m < Unit::tiles && m * Unit::tile_rows < unit_rows;
-         m += value_last ? 1 << p.share_bits : 1) {
+    for (int m = value_last ? share() : 0; m < Unit::tiles; m += value_last ? 1 << p.share_bits : 1) {
       const int first_value = unit_begin + m * Unit::tile_rows;
+      // V-last, states after each token are stored by all warps together, also those whose tile is behind the last value.
+      if (first_value >= span_end && !(value_last && stores_each)) break;
       // Two sums do not wait for each other.
       constexpr int chains = token_tile < 8 ? 2 : 1;
       float products[chains][Tokens::blocks][4] = {};
@@ -204,14 +209,14 @@ __global__ void __launch_bounds__(
       values.load(v, values_at(stage), m);
       apply_factors(tokens, products, v, in, out);
       tokens.solve(in, u, out);
-      values.store(out, values_at(stage), m, first_value);
+      if (!value_last || first_value < span_end) values.store(out, values_at(stage), m, first_value);
 
       // States: the last one, or that after each token.
-      const int first_token = stores_each ? share() : slots.final_slot >= 0 ? count - 1 : count;
+      const int first_token = stores_each ? (value_last ? 0 : share()) : slots.final_slot >= 0 ? count - 1 : count;
 #pragma unroll 1
       for (int t = first_token; t < count; t += value_last ? 1 : 1 << p.share_bits) {
         // States after each token leave the one that they all begin with as it is.
-        const Unit to = stores_each ? unit_in(memory + (p.warp_bytes - Unit::bytes)) : unit;
+        const Unit to = !stores_each ? unit : unit_in(memory + (value_last ? stage_bytes : p.warp_bytes - Unit::bytes));
         tokens.forget();
         const float decay = tokens.decay_to(t);
         Pair fragments[groups][2][Tokens::parts] = {};
@@ -241,20 +246,22 @@ __global__ void __launch_bounds__(
 #pragma unroll
           for (int half = 0; half < halves; ++half) to.store(state[half], m, half, i);
         }
-        if (value_last) continue;
-        __syncwarp();
-        if (t == count - 1 && slots.final_slot >= 0) to.write(state_at(slots.final_slot, unit_begin), unit_rows);
+        if (value_last && !stores_each) continue;
+        synchronise();
+        const auto write = [&](State* state) {
+          to.template write<value_last ? Unit::tiles : 1>(state, unit_rows, value_last ? share() : 0);
+        };
+        if (t == count - 1 && slots.final_slot >= 0) write(state_at(slots.final_slot, unit_begin));
         if (p.snapshots.data != nullptr)
-          to.write(static_cast<State*>(p.snapshots.data) + offset_of(p.snapshots, n, static_cast<unsigned>(t), h) +
-                       Unit::offset(unit_begin),
-                   unit_rows);
+          write(static_cast<State*>(p.snapshots.data) + offset_of(p.snapshots, n, static_cast<unsigned>(t), h) +
+                Unit::offset(unit_begin));
         if (!common && p.store_tokens)
           if (const std::int32_t slot = __shfl_sync(0xffffffffu, slots.token_slot, t); slot >= 0)
-            to.write(state_at(slot, unit_begin), unit_rows);
-        __syncwarp();
+            write(state_at(slot, unit_begin));
+        synchronise();
       }
     }
-    if (value_last && slots.final_slot >= 0) {
+    if (value_last && !stores_each && slots.final_slot >= 0) {
       synchronise();
       by_all(
           [&](auto warps, int warp) { unit.template write<warps>(state_at(slots.final_slot, unit_begin), unit_rows, warp); });
