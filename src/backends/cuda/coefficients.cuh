@@ -317,11 +317,12 @@ __device__ __forceinline__ void apply_factors(const Tokens& tokens, const float 
       widen(v[group][half], v_values[0], v_values[1], __nv_bfloat16{});
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float recalled = 0, read_out = 0;
+        constexpr int queries = Tokens::blocks - groups;
+        float recalled = products[0][group][2 * half + e], read_out = products[0][queries + group][2 * half + e];
 #pragma unroll
-        for (const auto& sums : products) {
-          recalled += sums[group][2 * half + e];
-          read_out += sums[Tokens::blocks - groups + group][2 * half + e];
+        for (int chain = 1; chain < chains; ++chain) {
+          recalled += products[chain][group][2 * half + e];
+          read_out += products[chain][queries + group][2 * half + e];
         }
         in[group][half][e] = tokens.key_factor[group][e] * recalled + tokens.value_factor[group][e] * v_values[e];
         out[group][2 * half + e] = tokens.query_factor[group][e] * read_out;
