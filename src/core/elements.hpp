@@ -66,6 +66,12 @@ inline void store_element(void* address, DType dtype, double value) {
   } else if (dtype == DType::bf16) {
     const bfloat16 x = to_bfloat16(round_to_odd(value));
     std::memcpy(address, &x, sizeof x);
+  } else if (dtype == DType::i32) {
+    const auto x = static_cast<std::int32_t>(value);
+    std::memcpy(address, &x, sizeof x);
+  } else {
+    const auto x = static_cast<std::int64_t>(value);
+    std::memcpy(address, &x, sizeof x);
   }
 }
 

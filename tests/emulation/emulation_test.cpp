@@ -134,6 +134,9 @@ TEST_CASE("serving") {
         check({state, T, 128, 96, value_last ? each : shape(0, 2, 32), 1, 1, !usual, value_last, true}, kernel, each_tile);
         check({state, T, 64, 96, value_last ? each : shape(shares, 4, 16), 1, 2, usual, value_last, true, false}, kernel,
               each_tile);
+        Form slots{state, T, 128, 96, value_last ? each : shape(shares, 4, 16), 1, 2, usual, value_last};
+        slots.token_slots = true;
+        check(slots, kernel, each_tile);
         check({state, T, 64, 64, shape(0, 2, 16), 2, 2, true, value_last, false, false}, Kernel::serving, tile);
         if (value_last) {
           const bool wide = T % 2 == 0;

@@ -50,7 +50,7 @@ std::string Form::text() const {
   if (entry_dtype != DType::bf16) out += std::string(" entries ") + std::string(name_of(entry_dtype));
   if (inputs != DType::bf16) out += std::string(" inputs ") + std::string(name_of(inputs));
   return out + (usual ? "" : " unusual") + (value_last ? " V-last" : "") + (snapshots ? " snapshots" : "") +
-         (other_snapshots ? " of another dtype" : "") + (update ? "" : " read-only");
+         (other_snapshots ? " of another dtype" : "") + (token_slots ? " token slots" : "") + (update ? "" : " read-only");
 }
 
 double Deviation::relative() const { return std::sqrt(errors_ / sum_); }
@@ -108,6 +108,11 @@ Scene::Scene(const Form& form) : form_(form) {
   if (form.snapshots) in_.snapshots = in_place(make(d.snapshots, {rows, T, H, first, second}));
   in_.update_state = form.update, in_.dependent_launch = form.dependent;
   in_.read_slots = view(read_slots, {rows});
+  if (form.token_slots) {
+    in_.token_slots = make(DType::i32, {rows, T});
+    for (std::int64_t n = 0; n < rows; ++n)
+      for (std::int64_t t = 0; t < T; ++t) store(in_.token_slots, token_slot(n, t), n, t);
+  }
   if (form.capacity > 0) make_window();
 }
 
@@ -147,6 +152,17 @@ void Scene::make_window() {
   for (std::int64_t n = 0; n < rows; ++n)
     for (std::int64_t t = 0; t < form_.tokens; ++t)
       store(in_.parent, static_cast<double>(std::uniform_int_distribution<std::int64_t>(-1, t - 1)(random_)), n, t);
+}
+
+std::int32_t Scene::token_slot(std::int64_t n, std::int64_t t) {
+  constexpr std::int32_t all[rows][6] = {{4, 2, 4, -1, 5, 5}, {3, 3, 3, 3, 3, 3}, {6, 0, 7, 7, 6, 0}};
+  return all[n][t % 6];
+}
+
+bool Scene::stays(std::int64_t n, std::int64_t t) const {
+  bool last = token_slot(n, t) >= 0;
+  for (std::int64_t later = t + 1; later < form_.tokens; ++later) last = last && token_slot(n, later) != token_slot(n, t);
+  return last;
 }
 
 std::int64_t Scene::before(std::int64_t n, std::int64_t t) const {
@@ -260,12 +276,14 @@ void Scene::expect(Result& result, std::int64_t n, std::int64_t h, bool as_store
     after[static_cast<std::size_t>(t)] = S;
     if (form_.snapshots)
       each([&](std::int64_t v, std::int64_t k) { result.snapshots.add(load(in_.snapshots, n, t, h, v, k), at(v, k)); });
+    if (form_.token_slots && stays(n, t))
+      each([&](std::int64_t v, std::int64_t k) { result.state.add(load(in_.state, token_slot(n, t), h, v, k), at(v, k)); });
     if (form_.capacity == 0) continue;
     const double error = std::fabs(load(window_.decays, slot, h, place) - g) / (1 + std::fabs(g));
     result.decays = error <= result.decays ? result.decays : error;  // a NaN stays
     for (std::int64_t k = 0; k < K; ++k) result.keys += load(window_.keys, slot, hk, place, k) != load(in_.k, n, t, hk, k);
   }
-  if (form_.capacity == 0 && form_.update)
+  if (form_.capacity == 0 && form_.update && !form_.token_slots)
     each([&](std::int64_t v, std::int64_t k) { result.state.add(load(in_.state, slot, h, v, k), at(v, k)); });
 }
 
@@ -274,15 +292,19 @@ void Scene::count_untouched(Result& result) const {
   for (std::int64_t slot = 0; slot < slots; ++slot) {
     const auto* const row = std::find(read_slots, read_slots + rows, slot);
     const bool is_read = row != read_slots + rows;
-    if (!is_read || !form_.update) result.untouched += changes(in_.state, state_before_, slot);
+    bool is_written = is_read && form_.update && !form_.token_slots;
+    for (std::int64_t n = 0; form_.token_slots && n < rows; ++n)
+      for (std::int64_t t = 0; t < form_.tokens; ++t)
+        is_written = is_written || (read_slots[n] >= 0 && token_slot(n, t) == slot);
+    if (!is_written) result.untouched += changes(in_.state, state_before_, slot);
     if (form_.capacity == 0) continue;
     const WindowRecord &record = window_.record, &record_before = window_before_.record;
     result.untouched += changes(record.length, record_before.length, slot) + changes(record.order, record_before.order, slot);
     const std::int64_t P = is_read ? entries_of(form_, row - read_slots) : 0, T = is_read ? form_.tokens : 0;
     for (std::int64_t i = 0; i < record.order.shape[1]; ++i) {
       if (i >= P && i < P + T) continue;
-      // Slot 3 has no record at all.
-      const auto place = slot == 3 ? i : static_cast<std::int64_t>(load(record_before.order, slot, i));
+      // Slots from 3 on have no record at all.
+      const auto place = slot >= 3 ? i : static_cast<std::int64_t>(load(record_before.order, slot, i));
       for (std::int64_t h = 0; h < form_.heads; ++h) {
         if (h < form_.k_heads) result.untouched += changes(window_.keys, window_before_.keys, slot, h, place);
         result.untouched += changes(window_.corrections, window_before_.corrections, slot, h, place) +

@@ -29,6 +29,7 @@ struct Form {
   bool dependent = false;      ///< the launch
   DType entry_dtype = DType::bf16;
   bool other_snapshots = false;  ///< not in the dtype of the state
+  bool token_slots = false;      ///< states after each token go to the pool, several to the same slot and some nowhere
 
   DType snapshot_dtype() const { return !other_snapshots ? state : state == DType::f32 ? DType::bf16 : DType::f32; }
   std::string text() const;
@@ -56,7 +57,7 @@ struct Result {
   int folded = 0, unfolded = 0;                                  ///< rows
 };
 
-/// Two rows and one of padding; the pool has more slots than that.
+/// Two rows and one of padding; the pool has more slots than that, of which the last four are for states after tokens.
 class Scene {
  public:
   explicit Scene(const Form& form);
@@ -66,8 +67,12 @@ class Scene {
   std::string bits() const;
 
  private:
-  static constexpr std::int64_t rows = 3, slots = 4;
+  static constexpr std::int64_t rows = 3, slots = 8;
   static constexpr std::int32_t read_slots[rows] = {2, -1, 0};
+  /// Where the state after token t of row n goes, with slots for that.
+  static std::int32_t token_slot(std::int64_t n, std::int64_t t);
+  /// Whether that is where it stays.
+  bool stays(std::int64_t n, std::int64_t t) const;
 
   TensorView make(DType dtype, const std::vector<std::int64_t>& shape);
   template <class Value>
