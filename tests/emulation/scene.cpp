@@ -165,6 +165,13 @@ bool Scene::stays(std::int64_t n, std::int64_t t) const {
   return last;
 }
 
+bool Scene::is_for_tokens(std::int64_t slot) const {
+  for (std::int64_t n = 0; n < rows; ++n)
+    for (std::int64_t t = 0; t < form_.tokens; ++t)
+      if (read_slots[n] >= 0 && token_slot(n, t) == slot) return true;
+  return false;
+}
+
 std::int64_t Scene::before(std::int64_t n, std::int64_t t) const {
   return form_.tree ? static_cast<std::int64_t>(load(in_.parent, n, t)) : t - 1;
 }
@@ -292,11 +299,8 @@ void Scene::count_untouched(Result& result) const {
   for (std::int64_t slot = 0; slot < slots; ++slot) {
     const auto* const row = std::find(read_slots, read_slots + rows, slot);
     const bool is_read = row != read_slots + rows;
-    bool is_written = is_read && form_.update && !form_.token_slots;
-    for (std::int64_t n = 0; form_.token_slots && n < rows; ++n)
-      for (std::int64_t t = 0; t < form_.tokens; ++t)
-        is_written = is_written || (read_slots[n] >= 0 && token_slot(n, t) == slot);
-    if (!is_written) result.untouched += changes(in_.state, state_before_, slot);
+    const bool is_written = form_.token_slots ? is_for_tokens(slot) : is_read;
+    if (!is_written || !form_.update) result.untouched += changes(in_.state, state_before_, slot);
     if (form_.capacity == 0) continue;
     const WindowRecord &record = window_.record, &record_before = window_before_.record;
     result.untouched += changes(record.length, record_before.length, slot) + changes(record.order, record_before.order, slot);

@@ -73,6 +73,8 @@ class Scene {
   static std::int32_t token_slot(std::int64_t n, std::int64_t t);
   /// Whether that is where it stays.
   bool stays(std::int64_t n, std::int64_t t) const;
+  /// Whether any state after a token goes to this slot.
+  bool is_for_tokens(std::int64_t slot) const;
 
   TensorView make(DType dtype, const std::vector<std::int64_t>& shape);
   template <class Value>

@@ -115,6 +115,13 @@ TEST_CASE("the tables of launches are complete and ascend") {
                 const int size = row->shape.rows_a_lane;
                 CHECK((size == 4 || size == 8 || size == (value_last ? 16 : 2)));
               }
+              if (const int shares = row->shape.shares; kernel == Kernel::serving && shares > 0) {
+                CHECK((shares == 2 || shares == 4));
+                CHECK((value_last ? row->shape.warps == shares : row->shape.warps % shares == 0 && row->shape.span <= 16));
+              }
+              // A warp of a V-last block without a tile, or with two, would wait for the others forever.
+              if (kernel == Kernel::serving && value_last && stores == Stores::each)
+                CHECK(row->shape.shares == (state == DType::f32 ? 2 : 4));
               if (kernel == Kernel::chunks) {
                 CHECK(row->shape.preparing < row->shape.warps);
                 CHECK(row->shape.span == 16);

@@ -120,7 +120,6 @@ bool fits_recurrent(const ForwardParams& p, bool value_last, bool serving) {
   return p.tokens <= 4 && !(bfloat(p.q) && bfloat(p.k) && bfloat(p.v) && bfloat(p.o));
 }
 
-/// V-last, states after each token are stored by as many warps as there are tiles of 16 rows in 128 bytes of a key.
 bool has_kernel(const Plan& plan, const Shape& shape, DType state, Stores stores) {
   if (plan.kernel == Kernel::chunks)
     return shape.preparing >= 0 && shape.preparing <= 4 && shape.warps > shape.preparing && shape.warps <= chunks_max_warps &&
@@ -129,7 +128,8 @@ bool has_kernel(const Plan& plan, const Shape& shape, DType state, Stores stores
   if (shape.span < 1 || shape.span > 1024) return false;
   if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;
   if (plan.kernel == Kernel::serving) {
-    const int tiles = state == DType::f32 ? 2 : 4;
+    // V-last, states after each token are stored by as many warps as there are tiles of 16 rows in 128 bytes of a key.
+    const int tiles = 8 / static_cast<int>(size_of(state));
     if (plan.value_last && stores == Stores::each) return shape.shares == tiles && shape.warps == tiles;
     if (shape.shares == 0) return true;
     return (shape.shares == 2 || shape.shares == 4) &&
