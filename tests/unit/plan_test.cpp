@@ -102,9 +102,10 @@ TEST_CASE("the tables of launches are complete and ascend") {
     for (const DType state : {DType::f32, DType::f16, DType::bf16})
       for (const bool value_last : {false, true})
         for (const Stores stores : {Stores::none, Stores::last, Stores::each})
-          for (const int token_tile : {8, 16}) {
+          for (const auto& [token_tile, inputs] :
+               {std::pair{8, DType::bf16}, {8, DType::f16}, {8, DType::f32}, {16, DType::bf16}}) {
             Plan plan;
-            plan.kernel = kernel, plan.value_last = value_last, plan.token_tile = token_tile;
+            plan.kernel = kernel, plan.value_last = value_last, plan.token_tile = token_tile, plan.inputs = inputs;
             const Choices rows = choices(plan, state, stores);
             REQUIRE(rows.begin < rows.end);
             for (const Choice* row = rows.begin; row < rows.end; ++row) {
@@ -183,8 +184,20 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
   CHECK(plan_of({.value_dim = 100}).kernel == Kernel::generic);
   CHECK(plan_of({.value_dim = 96}).kernel == Kernel::decode);
   CHECK_FALSE(plan_of({.activations = DType::f16}).common);
-  CHECK(plan_of({.tokens = 5, .activations = DType::f16}).kernel == Kernel::verify);
-  CHECK(plan_of({.tokens = 4, .activations = DType::f16}).kernel == Kernel::recurrent);
+  for (const DType other : {DType::f16, DType::f32}) {
+    const Plan split = plan_of({.tokens = 4, .activations = other});
+    CHECK(split.kernel == Kernel::serving);
+    CHECK(split.inputs == other);
+    CHECK_FALSE(split.common);
+    CHECK(plan_of({.rows = 70000, .tokens = 4, .activations = other}).kernel == Kernel::serving);
+    CHECK(plan_of({.tokens = 8, .activations = other, .snapshots = true}).kernel == Kernel::serving);
+    CHECK(plan_of({.tokens = 4, .activations = other, .snapshots = true}).kernel ==
+          (other == DType::f32 ? Kernel::recurrent : Kernel::serving));
+    CHECK(plan_of({.tokens = 9, .activations = other}).kernel == Kernel::verify);
+    CHECK(plan_of({.tokens = 4, .activations = other, .value_last = true}).kernel == Kernel::recurrent);
+    CHECK(plan_of({.tokens = 5, .activations = other, .value_last = true}).kernel == Kernel::verify);
+    CHECK(plan_of({.tokens = 4, .key_dim = 256, .activations = other}).kernel == Kernel::recurrent);
+  }
   CHECK(plan_of({.tokens = 4, .value_last = true}).kernel == Kernel::serving);
   CHECK(plan_of({.tokens = 4, .value_last = true, .snapshots = true}).kernel == Kernel::serving);
   CHECK(plan_of({.tokens = 17, .value_last = true, .snapshots = true}).kernel == Kernel::recurrent);

@@ -111,7 +111,9 @@ template <int key_dim, int token_tile, int width, int part_count = 3>
 class TokenColumns {
  public:
   static_assert(token_tile == 4 || token_tile == 8);
-  static constexpr int groups = 1;  ///< of 8 columns, for the keys
+  using Element = __nv_bfloat16;       ///< of q, k, v and o
+  static constexpr int key_parts = 1;  ///< of keys and queries
+  static constexpr int groups = 1;     ///< of 8 columns, for the keys
   static constexpr int parts = part_count;
   static constexpr int blocks = token_tile / 4, runs = key_dim / (4 * width);
   static constexpr bool beside = token_tile == 4;  ///< keys and queries share a block
@@ -129,7 +131,9 @@ class TokenColumns {
   __device__ Pair pair(int block, int i, int j) const { return words_[block][i][j]; }
   __device__ const Pair (&run(int block, int i) const)[width / 2] { return words_[block][i]; }
   /// Four of them, from the pair of this number in the order of i and j.
-  __device__ void load_pairs(Pair (&out)[4], int block, int first) const { copy_pairs(out, words_[block], first); }
+  __device__ void load_pairs(Pair (&out)[4], int block, int first, int /*part*/ = 0) const {
+    copy_pairs(out, words_[block], first);
+  }
 
   /// `first`: where the row's tokens begin.
   __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int count, int g, int c, unsigned first = 0) {
@@ -152,77 +156,14 @@ class TokenColumns {
   /// `path`: bit i says whether row g's token sees token i, itself included, where they are not in a row.
   template <bool common, bool tree = false>
   __device__ void prepare(const FastParams& p, int count, int g, int c, unsigned path = 0) {
-    const int t = g % token_tile;
-    const auto sees = [&](int token) { return tree ? (path >> token & 1) != 0 : token <= t; };
-    float decay = 1, beta = 0;
-    if (t < count) {
-      log_decay_ = gates_.log_decay<float, common>(p);
-      decay = expf(log_decay_);
-      beta = gates_.beta<float, common>(p);
-    }
-    int column[2];  // token
-    // Row g with the columns of the keys: of the key of row g, and of its query. Squares are on the diagonal.
-    float products[2], read_outs[2];
-    const auto factor_of = [&](const float(&x)[2]) {
-      return normalisation<common>(p, shuffle(g % 2 == 0 ? x[0] : x[1], 4 * g + g / 2));
-    };
-    float row_factor, row_query_factor;
-    if constexpr (beside) {
-      multiply_columns(words_[0], nullptr, words_[0], products, nullptr);
-      row_factor = row_query_factor = factor_of(products);
-      read_outs[0] = products[0], read_outs[1] = products[1];
-    } else {
-      float squares[2];
-      multiply_columns(words_[0], words_[blocks - 1], words_[0], products, read_outs);
-      multiply_columns(words_[blocks - 1], nullptr, words_[blocks - 1], squares, nullptr);
-      row_factor = factor_of(products), row_query_factor = factor_of(squares);
-    }
-    // exp(G_t - G_j) as a product: what underflows here does so in the recurrence.
-    decays_[0] = decays_[1] = 1;
-    prefix_ = shuffle(decay, 0);
-    if (!sees(0)) prefix_ = 1;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) column[e] = (2 * c + e) % token_tile;
-#pragma unroll
-    for (int i = 1; i < token_tile; ++i) {
-      const float next = shuffle(decay, 4 * i), factor = sees(i) ? next : 1.0f;
-      prefix_ *= factor;
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (i > column[e]) decays_[e] *= factor;
-    }
-    const bool key_columns = !beside || c < 2, key_row = !beside || g < 4;
-    float left[2], right[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int from = 4 * (2 * c + e);
-      const float norm = shuffle(row_factor, from), query_norm = shuffle(row_query_factor, from);
-      key_norm[e] = key_columns ? norm : 0.0f;
-      const float column_decay = shuffle(prefix_, from), column_beta = shuffle(beta, from);
-      key_factor[0][e] = key_columns ? -column_beta * (column_decay * norm) : 0.0f;
-      value_factor[0][e] = key_columns ? column_beta : 0.0f;
-      query_factor[0][e] = !beside || c >= 2 ? p.scale * (column_decay * query_norm) : 0.0f;
-      decays_[e] = key_columns && sees(column[e]) ? decays_[e] * norm : 0.0f;
-      left[e] = key_row && column[e] < t ? -beta * (row_factor * products[e] * decays_[e]) : 0.0f;
-      right[e] = p.scale * (row_query_factor * read_outs[e] * decays_[e]);
-      if constexpr (beside) left[e] = key_row ? left[e] : right[e];
-    }
-    float w[2], qw[2] = {};
-#pragma unroll
-    for (int e = 0; e < 2; ++e) w[e] = key_columns && key_row && column[e] == t ? 1.0f : 0.0f;
-#pragma unroll
-    for (int i = 0; i < token_tile; ++i) {
-      const float a = shuffle(i % 2 == 0 ? left[0] : left[1], 4 * g + i / 2);
-      const float b = beside ? 0.0f : shuffle(i % 2 == 0 ? right[0] : right[1], 4 * g + i / 2);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float known = shuffle(w[e], 4 * i + c);  // row i is complete
-        w[e] += a * known;
-        if constexpr (!beside) qw[e] += b * known;
+    prepare_with<common, tree>(p, count, g, c, path, [&](float(&products)[2], float(&read_outs)[2], float(&squares)[2]) {
+      if constexpr (beside) {
+        multiply_columns(words_[0], nullptr, words_[0], products, nullptr);
+      } else {
+        multiply_columns(words_[0], words_[blocks - 1], words_[0], products, read_outs);
+        multiply_columns(words_[blocks - 1], nullptr, words_[blocks - 1], squares, nullptr);
       }
-    }
-    split_in<parts>(w[0], w[1], [&](int part) -> Pair& { return solutions_[0][part]; });
-    if constexpr (!beside) split_in<parts>(qw[0], qw[1], [&](int part) -> Pair& { return solutions_[blocks - 1][part]; });
+    });
   }
 
   /// What prepare() has found out.
@@ -295,6 +236,80 @@ class TokenColumns {
     }
   }
 
+ protected:
+  /// multiply(products, read_outs, squares) gives the products of row g with the lane's columns: of keys, of queries with keys
+  /// and of queries; where they share a block, the first are all.
+  template <bool common, bool tree, class Multiply>
+  __device__ __forceinline__ void prepare_with(const FastParams& p, int count, int g, int c, unsigned path, Multiply multiply) {
+    const int t = g % token_tile;
+    const auto sees = [&](int token) { return tree ? (path >> token & 1) != 0 : token <= t; };
+    float decay = 1, beta = 0;
+    if (t < count) {
+      log_decay_ = gates_.log_decay<float, common>(p);
+      decay = expf(log_decay_);
+      beta = gates_.beta<float, common>(p);
+    }
+    int column[2];  // token
+    // Row g with the columns of the keys: of the key of row g, and of its query. Squares are on the diagonal.
+    float products[2], read_outs[2], squares[2];
+    multiply(products, read_outs, squares);
+    const auto factor_of = [&](const float(&x)[2]) {
+      return normalisation<common>(p, shuffle(g % 2 == 0 ? x[0] : x[1], 4 * g + g / 2));
+    };
+    const float row_factor = factor_of(products);
+    float row_query_factor = row_factor;
+    if constexpr (beside)
+      read_outs[0] = products[0], read_outs[1] = products[1];
+    else
+      row_query_factor = factor_of(squares);
+    // exp(G_t - G_j) as a product: what underflows here does so in the recurrence.
+    decays_[0] = decays_[1] = 1;
+    prefix_ = shuffle(decay, 0);
+    if (!sees(0)) prefix_ = 1;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) column[e] = (2 * c + e) % token_tile;
+#pragma unroll
+    for (int i = 1; i < token_tile; ++i) {
+      const float next = shuffle(decay, 4 * i), factor = sees(i) ? next : 1.0f;
+      prefix_ *= factor;
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (i > column[e]) decays_[e] *= factor;
+    }
+    const bool key_columns = !beside || c < 2, key_row = !beside || g < 4;
+    float left[2], right[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int from = 4 * (2 * c + e);
+      const float norm = shuffle(row_factor, from), query_norm = shuffle(row_query_factor, from);
+      key_norm[e] = key_columns ? norm : 0.0f;
+      const float column_decay = shuffle(prefix_, from), column_beta = shuffle(beta, from);
+      key_factor[0][e] = key_columns ? -column_beta * (column_decay * norm) : 0.0f;
+      value_factor[0][e] = key_columns ? column_beta : 0.0f;
+      query_factor[0][e] = !beside || c >= 2 ? p.scale * (column_decay * query_norm) : 0.0f;
+      decays_[e] = key_columns && sees(column[e]) ? decays_[e] * norm : 0.0f;
+      left[e] = key_row && column[e] < t ? -beta * (row_factor * products[e] * decays_[e]) : 0.0f;
+      right[e] = p.scale * (row_query_factor * read_outs[e] * decays_[e]);
+      if constexpr (beside) left[e] = key_row ? left[e] : right[e];
+    }
+    float w[2], qw[2] = {};
+#pragma unroll
+    for (int e = 0; e < 2; ++e) w[e] = key_columns && key_row && column[e] == t ? 1.0f : 0.0f;
+#pragma unroll
+    for (int i = 0; i < token_tile; ++i) {
+      const float a = shuffle(i % 2 == 0 ? left[0] : left[1], 4 * g + i / 2);
+      const float b = beside ? 0.0f : shuffle(i % 2 == 0 ? right[0] : right[1], 4 * g + i / 2);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float known = shuffle(w[e], 4 * i + c);  // row i is complete
+        w[e] += a * known;
+        if constexpr (!beside) qw[e] += b * known;
+      }
+    }
+    split_in<parts>(w[0], w[1], [&](int part) -> Pair& { return solutions_[0][part]; });
+    if constexpr (!beside) split_in<parts>(qw[0], qw[1], [&](int part) -> Pair& { return solutions_[blocks - 1][part]; });
+  }
+
  private:
   Pair words_[blocks][runs][width / 2];
   GateInputs gates_;
@@ -306,15 +321,15 @@ class TokenColumns {
 
 /// R, and the outputs that there were without corrections, of 16 value rows: from the products of the state with all columns,
 /// as the sum of `chains`, and from v.
-template <class Tokens, int chains, int groups>
+template <class Tokens, class Raw, int chains, int groups>
 __device__ __forceinline__ void apply_factors(const Tokens& tokens, const float (&products)[chains][Tokens::blocks][4],
-                                              const Pair (&v)[groups][2], float (&in)[groups][2][2], float (&out)[groups][4]) {
+                                              const Raw (&v)[groups][2], float (&in)[groups][2][2], float (&out)[groups][4]) {
 #pragma unroll
   for (int group = 0; group < groups; ++group)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float v_values[2];
-      widen(v[group][half], v_values[0], v_values[1], __nv_bfloat16{});
+      widen(v[group][half], v_values[0], v_values[1], typename Tokens::Element{});
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         constexpr int queries = Tokens::blocks - groups;

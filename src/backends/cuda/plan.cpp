@@ -42,6 +42,12 @@ constexpr Choice serving_each_16_bit[] = {{64, {2, 2, 16}}, {256, {0, 4, 16}}, {
 constexpr Choice serving_each_32_bit[] = {{32, {2, 2, 16}}, {128, {0, 2, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 16}}};
 constexpr Choice serving_read_16_bit[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice serving_read_32_bit[] = {{256, {0, 1, 16}}, {no_bound, {0, 2, 64}}};
+// q, k, v and o in float16 beside a state of 16 bits, and all others that are not bfloat16; states after each token.
+constexpr Choice split_16_bit[] = {{128, {0, 4, 16}}, {512, {0, 4, 32}}, {no_bound, {0, 2, 64}}};
+constexpr Choice split_32_bit[] = {{128, {0, 4, 16}}, {no_bound, {0, 2, 64}}};
+constexpr Choice split_each_16_bit[] = {{64, {2, 4, 16}}, {256, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
+constexpr Choice split_each_f32[] = {{64, {2, 4, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 32}}};  // of q, k, v and o
+constexpr Choice split_each_32_bit[] = {{64, {2, 4, 16}}, {128, {0, 4, 16}}, {512, {0, 4, 32}}, {no_bound, {0, 4, 16}}};
 constexpr Choice replay_one_token[] = {{256, {1, 4, 16}}, {512, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_16_bit[] = {{256, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
@@ -77,14 +83,15 @@ bool has_fast_sizes(const ForwardParams& p, bool& value_last) {
   return !value_last || states_have_vectors(p, 0);
 }
 
-/// q, k, v and o in bfloat16 and vectors, states without gaps.
-bool has_serving_form(const ForwardParams& p, bool value_last) {
-  const auto bfloat = [](const auto& tensor) { return tensor.data == nullptr || tensor.dtype == DType::bf16; };
+/// q, k, v and o in this dtype and vectors, states without gaps.
+bool has_serving_form(const ForwardParams& p, bool value_last, DType inputs = DType::bf16) {
+  const auto good = [&](const auto& tensor) { return tensor.data == nullptr || tensor.dtype == inputs; };
   const auto gapless = [&](const auto& tensor, int row) {
     return tensor.data == nullptr || (value_last ? tensor.strides[row + 1] == p.value_dim : tensor.strides[row] == p.key_dim);
   };
-  return p.vector_keys && has_vectors(p.v, 3, 2) && has_vectors(p.o, 3, 2) && bfloat(p.q) && bfloat(p.k) && bfloat(p.v) &&
-         bfloat(p.o) && gapless(p.state_read, 2) && gapless(p.state_write, 2) && gapless(p.snapshots, 3);
+  const int width = inputs == DType::f32 ? 4 : 2;
+  return p.vector_keys && has_vectors(p.v, 3, width) && has_vectors(p.o, 3, width) && good(p.q) && good(p.k) && good(p.v) &&
+         good(p.o) && gapless(p.state_read, 2) && gapless(p.state_write, 2) && gapless(p.snapshots, 3);
 }
 
 bool has_usual_gates(const ForwardParams& p) {
@@ -108,16 +115,18 @@ bool fits_chunks(const ForwardParams& p) {
 }
 
 /// Where the recurrence is the faster kernel, measured on an H200 (16/32 heads, K = V = 128). Two to four tokens whose q, k, v
-/// or o are not bfloat16 take 0.5 to 1.0 of the time that they take otherwise, with 8 it would be 0.9 to 1.4. V-last states
-/// after each token take 0.4 to 1.1 of what they do in the other kernels but serving; in serving 16-bit states take 0.7 to 0.9
-/// of it, 32-bit ones of two tokens 0.9 to 1.0, of more 0.8 (few sequences) to 1.15 (64).
+/// or o are not bfloat16 take 0.5 to 1.0 of the time that they take in the other kernels but serving, with 8 it would be 0.9 to
+/// 1.4; against serving float32 with states after each token does, 0.85 to 1.05. V-last states after each token take 0.4 to 1.1
+/// of what they do in the other kernels but serving; in serving 16-bit states take 0.7 to 0.9 of it, 32-bit ones of two tokens
+/// 0.9 to 1.0, of more 0.8 (few sequences) to 1.15 (64).
 bool fits_recurrent(const ForwardParams& p, bool value_last, bool serving) {
   const auto bfloat = [](const auto& tensor) { return tensor.dtype == DType::bf16; };
   const bool each = p.store_tokens || p.snapshots.data != nullptr;
   if (p.cu_seqlens.data != nullptr || p.tokens < 2 || (p.snapshots.data != nullptr && p.snapshots.dtype != p.state_dtype))
     return false;
   if (value_last && each) return !serving || (p.state_dtype == DType::f32 && p.tokens > 2);
-  return p.tokens <= 4 && !(bfloat(p.q) && bfloat(p.k) && bfloat(p.v) && bfloat(p.o));
+  return p.tokens <= 4 && (!serving || (each && p.q.dtype == DType::f32)) &&
+         !(bfloat(p.q) && bfloat(p.k) && bfloat(p.v) && bfloat(p.o));
 }
 
 bool has_kernel(const Plan& plan, const Shape& shape, DType state, Stores stores) {
@@ -169,6 +178,11 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
       return wide ? by_state(wide_value_last_16_bit, wide_value_last_32_bit)
                   : by_state(serving_value_last_16_bit, serving_value_last_32_bit);
     if (wide) return by_state(wide_16_bit, wide_32_bit);
+    if (plan.inputs != DType::bf16) {
+      const bool each = stores == Stores::each;
+      if (plan.inputs == DType::f32) return each ? all(split_each_f32) : all(split_32_bit);
+      return each ? by_state(split_each_16_bit, split_each_32_bit) : by_state(split_16_bit, split_32_bit);
+    }
     if (stores == Stores::none) return by_state(serving_read_16_bit, serving_read_32_bit);
     if (stores == Stores::each) return by_state(serving_each_16_bit, serving_each_32_bit);
     return by_state(serving_update_16_bit, serving_update_32_bit);
@@ -220,7 +234,9 @@ Plan make_plan(const ForwardParams& p) {
   Plan plan;
   if (!has_fast_sizes(p, plan.value_last)) return plan;
   const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
-  const bool serving = vectors && fits_serving(p);
+  // Inputs that are not bfloat16 K-last, up to 8 tokens.
+  const bool split = p.q.dtype != DType::bf16 && !plan.value_last && p.tokens <= 8 && has_serving_form(p, false, p.q.dtype);
+  const bool serving = (vectors || split) && fits_serving(p);
   if (fits_recurrent(p, plan.value_last, serving)) {
     plan.kernel = Kernel::recurrent;
     choose_start(p, plan);
@@ -230,7 +246,7 @@ Plan make_plan(const ForwardParams& p) {
   if (serving) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p.tokens);
-    plan.common = usual;
+    plan.common = usual, plan.inputs = p.q.dtype;
   } else if (vectors && fits_chunks(p)) {
     plan.kernel = Kernel::chunks;
   } else if (!variable && p.tokens == 1) {

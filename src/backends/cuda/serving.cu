@@ -7,22 +7,27 @@
 namespace gatedelta::cuda {
 namespace {
 
-template <int key_dim, bool value_last, int token_tile, bool common>
+template <int key_dim, bool value_last, int token_tile, bool common, class Input = __nv_bfloat16>
 FastKernel describe() {
-  void (*const kernel)(FastParams) = serving_kernel<State, key_dim, value_last, token_tile, common>;
+  void (*const kernel)(FastParams) = serving_kernel<State, key_dim, value_last, token_tile, common, Input>;
   using Unit = StateUnit<State, key_dim, value_last>;
   return {reinterpret_cast<const void*>(kernel),
           Unit::rows,
-          serving_stage_bytes<Unit, token_tile>,
+          serving_stage_bytes<Unit, token_tile, Input>,
           0,
           Unit::bytes,
           serving_stages<value_last>,
-          ServingTokens<Unit, token_tile>::shared_bytes};
+          ServingTokens<Unit, token_tile, Input>::shared_bytes};
 }
 
 template <int key_dim, int token_tile, bool common>
 FastKernel find(const Plan& plan) {
   return plan.value_last ? describe<key_dim, true, token_tile, common>() : describe<key_dim, false, token_tile, common>();
+}
+
+template <int key_dim, class Input>
+FastKernel find_split(const Plan& plan) {
+  return plan.token_tile == 4 ? describe<key_dim, false, 4, false, Input>() : describe<key_dim, false, 8, false, Input>();
 }
 
 template <int key_dim, bool common>
@@ -39,6 +44,8 @@ FastKernel find(const Plan& plan) {
 
 template <int key_dim>
 FastKernel find(const Plan& plan) {
+  if (plan.inputs == DType::f16) return find_split<key_dim, __half>(plan);
+  if (plan.inputs == DType::f32) return find_split<key_dim, float>(plan);
   return plan.common ? find<key_dim, true>(plan) : find<key_dim, false>(plan);
 }
 

@@ -2,20 +2,21 @@
 #pragma once
 
 #include "backends/cuda/rows.cuh"
+#include "backends/cuda/split_columns.cuh"
 #include "backends/cuda/state_unit.cuh"
 #include "backends/cuda/value_tile.cuh"
 #include "backends/cuda/wide_columns.cuh"
 
-// The call of a model that is serving: as many tokens in every row, at most `token_tile`, q, k, v and o in bfloat16. The state
+// The call of a model that is serving: as many tokens in every row, at most `token_tile`, q, k, v and o in one dtype. The state
 // is read once and does nothing but be multiplied, on the tensor cores. With value rows as rows of the products and tokens as
 // their columns, whatever one product gives is where the next one wants it:
 //
-//     D = S [k q]       exact for a bfloat16 state; normalisation and decays come in as factors of its columns
+//     D = S [k q]       exact if all are bfloat16; normalisation and decays come in as factors of its columns
 //     U = R W^T         R_t = beta_t (v_t - exp(G_t) n_t S k_t), and W = (I + A)^-1 of the tokens alone (see coefficients.cuh)
 //     O = D_q + R (Q W)^T
 //     S <- exp(G_T) S + U k^T
 //
-// R, U, W and Q W are sums of three bfloat16 numbers, which is all of a float32.
+// R, U, W and Q W are sums of three bfloat16 numbers, which is all of a float32; S, k and q of as many as they take.
 namespace gatedelta::cuda {
 
 constexpr int serving_max_warps = 4;  ///< of a block
@@ -24,26 +25,30 @@ constexpr int serving_max_warps = 4;  ///< of a block
 template <bool value_last>
 constexpr int serving_stages = value_last ? 1 : 2;
 
-template <class Unit, int token_tile>
-using ServingTokens = TokenColumns<Unit::keys, token_tile, Unit::width>;
-template <class Unit, int token_tile>
+template <class Unit, int token_tile, class Input>
+using ServingTokens = std::conditional_t<bfloat_parts_of<Input> == 1, TokenColumns<Unit::keys, token_tile, Unit::width>,
+                                         SplitColumns<Input, Unit::keys, token_tile, Unit::width>>;
+template <class Unit, int token_tile, class Input>
 using ServingValues =
-    std::conditional_t<token_tile == 16, ValueVectors<Unit>, ValuePairs<Unit, ServingTokens<Unit, token_tile>>>;
+    std::conditional_t<token_tile == 16, ValueVectors<Unit>,
+                       std::conditional_t<sizeof(Input) == 4, ValueFloats<Unit, ServingTokens<Unit, token_tile, Input>>,
+                                          ValuePairs<Unit, ServingTokens<Unit, token_tile, Input>>>>;
 
 /// A unit of the state, and what is needed of v with it.
-template <class Unit, int token_tile>
-constexpr int serving_stage_bytes = static_cast<int>(Unit::bytes) + ServingValues<Unit, token_tile>::bytes;
+template <class Unit, int token_tile, class Input>
+constexpr int serving_stage_bytes = static_cast<int>(Unit::bytes) + ServingValues<Unit, token_tile, Input>::bytes;
 
 /// Blocks that are to fit on a multiprocessor: as registers allow, by an estimate of what a thread needs beside fragments, and
 /// shared memory, but where how much a block has depends on how many warps share it: V-last, up to 8 tokens.
-template <class State, class Unit, int token_tile, bool value_last, bool common>
+template <class State, class Unit, int token_tile, bool value_last, bool common, class Input>
 constexpr int serving_blocks() {
-  constexpr bool wide = token_tile == 16;
-  constexpr int parts = state_parts_of<State>;
+  using Tokens = ServingTokens<Unit, token_tile, Input>;
+  constexpr bool wide = token_tile == 16, split = Tokens::key_parts > 1;
+  constexpr int parts = bfloat_parts_of<State>;
   constexpr int memory = 227 * 1024 /
-                         (serving_max_warps * serving_stages<value_last> * serving_stage_bytes<Unit, token_tile> +
-                          (wide ? static_cast<int>(ServingTokens<Unit, token_tile>::shared_bytes) + 1024 : 0));
-  constexpr int fragments = wide ? 0 : ServingTokens<Unit, token_tile>::blocks * Unit::keys / 8;
+                         (serving_max_warps * serving_stages<value_last> * serving_stage_bytes<Unit, token_tile, Input> +
+                          (wide || split ? static_cast<int>(Tokens::shared_bytes) + 1024 : 0));
+  constexpr int fragments = wide || split ? 0 : Tokens::blocks * Unit::keys / 8;
   constexpr int others = (token_tile == 4   ? 80
                           : token_tile == 8 ? 88
                                             : 113) +
@@ -52,7 +57,10 @@ constexpr int serving_blocks() {
                           : wide       ? 24
                           : parts == 2 ? 16
                                        : 8) +
-                         (common ? 0 : 8);
+                         (common ? 0 : 8) +
+                         (Tokens::key_parts > 2 ? 40
+                          : split               ? 24
+                                                : 0);
   constexpr int registers = 65536 / (32 * serving_max_warps * (fragments + others));
   return (!value_last || wide) && memory < registers ? memory : registers;
 }
@@ -60,14 +68,16 @@ constexpr int serving_blocks() {
 /// A warp has a span of value rows of one head, which it goes through unit by unit with the next ones under way. The first warp
 /// of a block works out what the tokens need for all. `common`: the gate is raw and beta are logits, both bfloat16, q and k are
 /// normalised, and slots are not per token.
-template <class State, int key_dim, bool value_last, int token_tile, bool common>
+template <class State, int key_dim, bool value_last, int token_tile, bool common, class Input = __nv_bfloat16>
 __global__ void __launch_bounds__(
-    32 * serving_max_warps, serving_blocks<State, StateUnit<State, key_dim, value_last>, token_tile, value_last, common>())
+    32 * serving_max_warps,
+    serving_blocks<State, StateUnit<State, key_dim, value_last>, token_tile, value_last, common, Input>())
     serving_kernel(const __grid_constant__ FastParams p) {
   using Unit = StateUnit<State, key_dim, value_last>;
-  using Tokens = ServingTokens<Unit, token_tile>;
-  constexpr int pairs = Unit::width / 2, halves = Unit::halves, runs = Unit::runs, parts = state_parts_of<State>;
-  constexpr int stages = serving_stages<value_last>, stage_bytes = serving_stage_bytes<Unit, token_tile>;
+  using Tokens = ServingTokens<Unit, token_tile, Input>;
+  using Values = ServingValues<Unit, token_tile, Input>;
+  constexpr int pairs = Unit::width / 2, halves = Unit::halves, runs = Unit::runs, parts = bfloat_parts_of<State>;
+  constexpr int stages = serving_stages<value_last>, stage_bytes = serving_stage_bytes<Unit, token_tile, Input>;
   const auto warp = threadIdx.x / 32;
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
   const unsigned n = p.first_row + blockIdx.z, h = blockIdx.y;
@@ -101,7 +111,7 @@ __global__ void __launch_bounds__(
   const auto unit_in = [&](char* where) { return Unit(where, static_cast<unsigned>(lane), p.value_dim, p.stores_stay); };
   const auto unit_at = [&](int stage) { return unit_in(memory + stage * stage_bytes); };
   Tokens tokens(shared);
-  const ServingValues<Unit, token_tile> values(p, n, h, lane);
+  const Values values(p, n, h, lane);
   const auto values_at = [&](int stage) { return memory + stage * stage_bytes + Unit::bytes; };
   const auto fetch_values = [&](int stage, int first_value) {
     values.fetch(values_at(stage), first_value, span_end, is_own_tile);
@@ -175,17 +185,25 @@ __global__ void __launch_bounds__(
       const int first_value = unit_begin + m * Unit::tile_rows;
       // V-last, states after each token are stored by all warps together, also those whose tile is behind the last value.
       if (first_value >= span_end && !(value_last && stores_each)) break;
-      // Two sums do not wait for each other.
-      constexpr int chains = token_tile < 8 ? 2 : 1;
+      // Two sums do not wait for each other. Tensor cores round toward zero: for float32 keys the products of lower parts have
+      // a sum of their own, where that is nothing.
+      constexpr bool apart = Tokens::key_parts > 2;
+      constexpr int upper_chains = token_tile < 8 || apart ? 2 : 1, chains = upper_chains + (apart ? 1 : 0);
       float products[chains][Tokens::blocks][4] = {};
-      Pair columns[Tokens::blocks][4];
+      const auto sum_of = [](int step, int part, int key_part) {
+        return apart && part + key_part > 0 ? chains - 1 : step % upper_chains;
+      };
+      Pair columns[Tokens::blocks][Tokens::key_parts][4];
 #pragma unroll
       for (int i = 0; i < runs; ++i) {
         std::uint32_t state[halves][4];
         load_run(state, unit, m, i);
         if (i * pairs % 4 == 0)
 #pragma unroll
-          for (int block = 0; block < Tokens::blocks; ++block) tokens.load_pairs(columns[block], block, i * pairs);
+          for (int block = 0; block < Tokens::blocks; ++block)
+#pragma unroll
+            for (int part = 0; part < Tokens::key_parts; ++part)
+              tokens.load_pairs(columns[block][part], block, i * pairs, part);
 #pragma unroll
         for (int j = 0; j < pairs; j += 2) {
           const int column = (i * pairs + j) % 4;
@@ -198,14 +216,18 @@ __global__ void __launch_bounds__(
           for (int block = 0; block < Tokens::blocks; ++block)
 #pragma unroll
             for (int part = 0; part < parts; ++part)
-              multiply_add(products[(i * pairs / 2 + j / 2) % chains][block], a[part][0][0], a[part][0][1], a[part][1][0],
-                           a[part][1][1], columns[block][column], columns[block][column + 1]);
+#pragma unroll
+              for (int key_part = 0; part + key_part < 3 && key_part < Tokens::key_parts; ++key_part) {
+                const auto& keys = columns[block][key_part];
+                multiply_add(products[sum_of((i * pairs + j) / 2, part, key_part)][block], a[part][0][0], a[part][0][1],
+                             a[part][1][0], a[part][1][1], keys[column], keys[column + 1]);
+              }
         }
       }
 
       constexpr int groups = Tokens::groups;
       float in[groups][2][2] = {}, out[groups][4] = {}, u[groups][4] = {};
-      Pair v[groups][halves];
+      typename Values::Raw v[groups][halves];
       values.load(v, values_at(stage), m);
       apply_factors(tokens, products, v, in, out);
       tokens.solve(in, u, out);

@@ -12,7 +12,7 @@ namespace gatedelta::cuda {
 template <class State, int key_dim>
 class StateRows {
  public:
-  static constexpr int rows = 16, keys = key_dim, steps = key_dim / 16, parts = state_parts_of<State>;
+  static constexpr int rows = 16, keys = key_dim, steps = key_dim / 16, parts = bfloat_parts_of<State>;
   static constexpr bool narrow_state = sizeof(State) == 2;
   static constexpr int line_bytes = key_dim * static_cast<int>(sizeof(State)), bytes = rows * line_bytes;
 

@@ -88,13 +88,13 @@ class StateUnit {
   /// Pair j as a sum of bfloat16 numbers: out(part) is where a part goes.
   template <class Out>
   __device__ __forceinline__ static void split(const std::uint32_t (&words)[4], int j, Out out) {
-    if constexpr (state_parts_of<State> == 1) {
+    if constexpr (bfloat_parts_of<State> == 1) {
       out(0) = words[j];
     } else {
       float low, high;
       values(words, j, low, high);
 #pragma unroll
-      for (int part = 0; part < state_parts_of<State>; ++part) out(part) = take_upper(low, high);
+      for (int part = 0; part < bfloat_parts_of<State>; ++part) out(part) = take_upper(low, high);
     }
   }
 

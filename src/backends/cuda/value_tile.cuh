@@ -3,18 +3,19 @@
 
 #include "backends/cuda/vectors.cuh"
 
-// What a warp moves of v and o with a unit of the state, for the kernels of the serving form: bfloat16, and their value rows
-// are together in memory. v goes through shared memory behind the unit.
+// What a warp moves of v and o with a unit of the state, for the kernels of the serving form: their value rows are together in
+// memory. v goes through shared memory behind the unit.
 namespace gatedelta::cuda {
 
 struct AllTiles {
   __device__ bool operator()(int) const { return true; }
 };
 
-/// Up to 8 tokens: each lane copies and stores the pairs that it has, two values of token g in each half of a tile.
+/// Up to 8 tokens in 16 bits: each lane copies and stores the pairs that it has, two values of token g in each half of a tile.
 template <class Unit, class Tokens>
 class ValuePairs {
  public:
+  using Raw = Pair;
   static constexpr int groups = Tokens::groups, halves = Unit::halves;
   static constexpr int bytes = Unit::tiles * halves * 32 * 4;
 
@@ -43,7 +44,7 @@ class ValuePairs {
   __device__ void store(const float (&out)[groups][4], char*, int, int first_value) const {
 #pragma unroll
     for (int half = 0; half < halves; ++half) {
-      const Pair pair = transposed(narrow(out[0][2 * half], out[0][2 * half + 1], __nv_bfloat16{}));
+      const Pair pair = transposed(narrow(out[0][2 * half], out[0][2 * half + 1], typename Tokens::Element{}));
       const int t = Tokens::query_of(g_);
       if (t >= 0 && t < count()) store(t, first_value + 8 * half, pair);
     }
@@ -70,11 +71,75 @@ class ValuePairs {
   const int lane_, g_, c_;
 };
 
-/// 16 tokens: of a tile a lane copies and stores 8 values of one token, 16 bytes; as matrices they come out of shared memory
-/// the other way around. `pairwise`: the halves of a tile have pairs of value rows in turn, not 8 rows each.
+/// Up to 8 tokens in float32, K-last: of a tile a lane copies and stores 4 values of one token, 16 bytes.
+template <class Unit, class Tokens>
+class ValueFloats {
+ public:
+  using Raw = float2;
+  static constexpr int groups = Tokens::groups, halves = Unit::halves;
+  static_assert(groups == 1 && halves == 2 && Unit::tiles == 1);
+  static constexpr int line = 20;  ///< of a token in shared memory: so that what is read together is in different banks
+  static constexpr int bytes = 8 * line * 4;
+
+  __device__ ValueFloats(const FastParams& p, unsigned n, unsigned h, int lane)
+      : p_(p), n_(n), h_(h), token_(lane / 4), first_(lane % 4 * 4) {}
+
+  template <class IsOwn>
+  __device__ void fetch(char* memory, int first_value, int span_end, IsOwn) const {
+    if (token_ >= count() || first_value >= span_end) return;
+    const auto* const v = static_cast<const float*>(p_.v.data) +
+                          offset_of(p_.v, n_, static_cast<unsigned>(token_), head_of(h_, p_.v_group)) + first_value + first_;
+    __pipeline_memcpy_async(vector(memory), v, 16);
+  }
+  __device__ void load(Raw (&out)[groups][halves], char* memory, int) const {
+    const float* const floats = at(memory);
+#pragma unroll
+    for (int half = 0; half < halves; ++half)
+      out[0][half] =
+          make_float2(column() < count() ? floats[8 * half] : 0.0f, column() + 1 < count() ? floats[8 * half + line] : 0.0f);
+  }
+  __device__ void store(const float (&out)[groups][4], char* memory, int, int first_value) const {
+    __syncwarp();
+    // Of a lane, columns 2c and 2c + 1.
+    if (const int t = Tokens::query_of(column()); t >= 0) {
+      float* const floats = at(memory) + (t - column()) * line;
+#pragma unroll
+      for (int half = 0; half < halves; ++half)
+        floats[8 * half] = out[0][2 * half], floats[8 * half + line] = out[0][2 * half + 1];
+    }
+    __syncwarp();
+    if (token_ < count()) store(first_value, *vector(memory));
+  }
+  __device__ void zero(int first_value, int span_end) const {
+    for (int value = first_value; value < span_end; value += Unit::rows)
+      if (token_ < count()) store(value, uint4{});
+  }
+
+ private:
+  __device__ int count() const { return static_cast<int>(p_.tokens); }
+  /// The first of the lane's two columns of a product; its row in the first half is lane / 4.
+  __device__ int column() const { return first_ / 2; }
+  __device__ float* at(char* memory) const { return reinterpret_cast<float*>(memory) + column() * line + token_; }
+  __device__ uint4* vector(char* memory) const {
+    return reinterpret_cast<uint4*>(reinterpret_cast<float*>(memory) + token_ * line + first_);
+  }
+  __device__ void store(int first_value, const uint4& values) const {
+    auto* const to =
+        static_cast<float*>(p_.o.data) + offset_of(p_.o, n_, static_cast<unsigned>(token_), h_) + first_value + first_;
+    *reinterpret_cast<uint4*>(to) = values;
+  }
+
+  const FastParams& p_;
+  const unsigned n_, h_;
+  const int token_, first_;
+};
+
+/// 16 tokens in bfloat16: of a tile a lane copies and stores 8 values of one token, 16 bytes; as matrices they come out of
+/// shared memory the other way around. `pairwise`: the halves of a tile have pairs of value rows in turn, not 8 rows each.
 template <class Unit, bool pairwise = false>
 class ValueVectors {
  public:
+  using Raw = Pair;
   static constexpr int groups = 2, halves = Unit::halves, tile_bytes = 16 * Unit::tile_rows * 2;
   static constexpr int bytes = Unit::tiles * tile_bytes;
 

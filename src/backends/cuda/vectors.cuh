@@ -10,11 +10,11 @@
 // Several elements of a tensor at a time, and copies of states ahead of their use.
 namespace gatedelta::cuda {
 
-/// As how many bfloat16 numbers an element of a state is kept.
-template <class State>
-constexpr int state_parts_of = sizeof(State) == 4                     ? 3
-                               : std::is_same_v<State, __nv_bfloat16> ? 1
-                                                                      : 2;
+/// As the sum of how many bfloat16 numbers an element of a state, a key or a query is kept.
+template <class Element>
+constexpr int bfloat_parts_of = sizeof(Element) == 4                     ? 3
+                                : std::is_same_v<Element, __nv_bfloat16> ? 1
+                                                                         : 2;
 
 /// Elements of a 16-byte vector.
 template <class Element>
@@ -31,6 +31,7 @@ __device__ inline void widen(std::uint32_t two, float& low, float& high, __half)
   low = values.x;
   high = values.y;
 }
+__device__ inline void widen(float2 two, float& low, float& high, float) { low = two.x, high = two.y; }
 __device__ inline std::uint32_t narrow(float low, float high, __nv_bfloat16) {
   const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const std::uint32_t*>(&two);

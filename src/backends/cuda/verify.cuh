@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(32, 1) verify_kernel(const __grid_constant__ F
         fetch_values(done, count, first_value);
         tokens.load(batch, static_cast<unsigned>(row.first_token + done), count, h, lane);
       }
-      const int state_parts = done == 0 ? state_parts_of<State> : 3;
+      const int state_parts = done == 0 ? bfloat_parts_of<State> : 3;
 
       // S k and S q, each in two sums, since a product waits for the one before it in its sum. Tensor cores round sums toward
       // zero: the products of lower parts, of which there are more, have a sum of their own, where that is nothing.

@@ -10,6 +10,8 @@ namespace gatedelta::cuda {
 template <int key_dim, int width, int part_count>
 class TokenColumns<key_dim, 16, width, part_count> {
  public:
+  using Element = __nv_bfloat16;
+  static constexpr int key_parts = 1;
   static constexpr int groups = 2, blocks = 2 * groups, runs = key_dim / (4 * width), pairs = width / 2;
   static constexpr int parts = part_count;
 
@@ -49,7 +51,7 @@ class TokenColumns<key_dim, 16, width, part_count> {
   }
 
   /// As fragments of a matrix product: of column g of a block, four of its pairs from this one.
-  __device__ void load_pairs(Pair (&out)[4], int block, int first) const {
+  __device__ void load_pairs(Pair (&out)[4], int block, int first, int /*part*/ = 0) const {
     const int lane = own_lane(), row = lane % 8;
     load_matrices(
         out, memory_ + row * row_bytes + (((lane / 8) ^ row) ^ first % 8) * 16 + block * (8 * row_bytes) + first / 8 * 128);
