@@ -69,6 +69,7 @@ Plan plan_of(const Form& form) {
 class Watching final : public Backend {
  public:
   std::map<std::pair<Kernel, int>, int> calls;
+  std::map<DType, int> serving_inputs;  ///< of calls of the serving kernel
   int fast_trees = 0, recurrent_trees = 0, fast_sequences = 0;
   bool computes = true;
 
@@ -80,6 +81,7 @@ class Watching final : public Backend {
   void forward(const Call& call) override {
     const Plan plan = call.problem.window ? make_replay_plan(make_replay_params(call)) : make_plan(make_params(call));
     ++calls[{plan.kernel, plan.token_tile}];
+    serving_inputs[plan.inputs] += plan.kernel == Kernel::serving;
     fast_trees += call.problem.tree && plan.kernel == Kernel::replay;
     recurrent_trees += call.problem.tree && plan.kernel == Kernel::recurrent;
     fast_sequences += call.arguments->cu_seqlens.defined() && plan.kernel == Kernel::replay;
@@ -292,4 +294,5 @@ TEST_CASE("random cases reach every form of the fast kernels") {
     CAPTURE(form.second);
     CHECK(watching.calls[form] >= 3);
   }
+  for (const DType inputs : {DType::f16, DType::f32, DType::bf16}) CHECK(watching.serving_inputs[inputs] >= 3);
 }
