@@ -42,12 +42,14 @@ constexpr Choice serving_each_16_bit[] = {{64, {2, 2, 16}}, {256, {0, 4, 16}}, {
 constexpr Choice serving_each_32_bit[] = {{32, {2, 2, 16}}, {128, {0, 2, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 16}}};
 constexpr Choice serving_read_16_bit[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice serving_read_32_bit[] = {{256, {0, 1, 16}}, {no_bound, {0, 2, 64}}};
-// q, k, v and o in float16 beside a state of 16 bits, and all others that are not bfloat16; states after each token.
+// q, k, v and o in float16 beside a state of 16 bits, and all others that are not bfloat16.
 constexpr Choice split_16_bit[] = {{128, {0, 4, 16}}, {512, {0, 4, 32}}, {no_bound, {0, 2, 64}}};
 constexpr Choice split_32_bit[] = {{128, {0, 4, 16}}, {no_bound, {0, 2, 64}}};
+// The same with states after each token: in float16, in float32.
 constexpr Choice split_each_16_bit[] = {{64, {2, 4, 16}}, {256, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
-constexpr Choice split_each_f32[] = {{64, {2, 4, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 32}}};  // of q, k, v and o
 constexpr Choice split_each_32_bit[] = {{64, {2, 4, 16}}, {128, {0, 4, 16}}, {512, {0, 4, 32}}, {no_bound, {0, 4, 16}}};
+constexpr Choice float_each_16_bit[] = {{64, {2, 4, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 32}}};
+constexpr Choice float_each_32_bit[] = {{64, {2, 4, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 16}}};
 constexpr Choice replay_one_token[] = {{256, {1, 4, 16}}, {512, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_16_bit[] = {{256, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
@@ -180,7 +182,7 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
     if (wide) return by_state(wide_16_bit, wide_32_bit);
     if (plan.inputs != DType::bf16) {
       const bool each = stores == Stores::each;
-      if (plan.inputs == DType::f32) return each ? all(split_each_f32) : all(split_32_bit);
+      if (plan.inputs == DType::f32) return each ? by_state(float_each_16_bit, float_each_32_bit) : all(split_32_bit);
       return each ? by_state(split_each_16_bit, split_each_32_bit) : by_state(split_16_bit, split_32_bit);
     }
     if (stores == Stores::none) return by_state(serving_read_16_bit, serving_read_32_bit);
