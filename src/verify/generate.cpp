@@ -131,7 +131,7 @@ class Generator {
       return;
     }
     // As models have them: activations of one kind, parameters and states often wider.
-    const bool bfloat = family_.serving && (family_.tokens != Tokens::draft || random_.chance(0.5));
+    const bool bfloat = family_.serving && random_.chance(0.5);
     d.q = d.k = d.v = d.o = d.gate = d.beta = bfloat ? DType::bf16 : any();
     d.A_log = d.dt_bias = random_.chance(0.5) ? DType::f32 : d.q;
     d.state = !family_.serving && random_.chance(0.6) ? DType::f32 : any();

@@ -70,7 +70,7 @@ class Watching final : public Backend {
  public:
   std::map<std::pair<Kernel, int>, int> calls;
   std::map<DType, int> serving_inputs;  ///< of calls of the serving kernel
-  int fast_trees = 0, recurrent_trees = 0, fast_sequences = 0;
+  int half_chunks = 0, fast_trees = 0, recurrent_trees = 0, fast_sequences = 0;
   bool computes = true;
 
   std::string_view name() const noexcept override { return "watching"; }
@@ -82,6 +82,7 @@ class Watching final : public Backend {
     const Plan plan = call.problem.window ? make_replay_plan(make_replay_params(call)) : make_plan(make_params(call));
     ++calls[{plan.kernel, plan.token_tile}];
     serving_inputs[plan.inputs] += plan.kernel == Kernel::serving;
+    half_chunks += plan.kernel == Kernel::chunks && plan.inputs == DType::f16;
     fast_trees += call.problem.tree && plan.kernel == Kernel::replay;
     recurrent_trees += call.problem.tree && plan.kernel == Kernel::recurrent;
     fast_sequences += call.arguments->cu_seqlens.defined() && plan.kernel == Kernel::replay;
@@ -105,14 +106,16 @@ TEST_CASE("the tables of launches are complete and ascend") {
       for (const bool value_last : {false, true})
         for (const Stores stores : {Stores::none, Stores::last, Stores::each})
           for (const auto& [token_tile, inputs] :
-               {std::pair{8, DType::bf16}, {8, DType::f16}, {8, DType::f32}, {16, DType::bf16}}) {
+               {std::pair{8, DType::bf16}, {8, DType::f16}, {8, DType::f32}, {16, DType::bf16}, {16, DType::f16}}) {
             Plan plan;
             plan.kernel = kernel, plan.value_last = value_last, plan.token_tile = token_tile, plan.inputs = inputs;
             const Choices rows = choices(plan, state, stores);
             REQUIRE(rows.begin < rows.end);
             for (const Choice* row = rows.begin; row < rows.end; ++row) {
               CHECK(row->shape.warps >= 1);
-              CHECK(row->shape.warps <= (kernel == Kernel::verify ? 1 : kernel == Kernel::chunks ? 12 : 4));
+              CHECK(row->shape.warps <= (kernel == Kernel::verify   ? 1
+                                         : kernel == Kernel::chunks ? inputs == DType::bf16 ? 12 : 8
+                                                                    : 4));
               CHECK(row->shape.span >= 1);
               if (kernel == Kernel::decode) {
                 const int size = row->shape.rows_a_lane;
@@ -195,7 +198,14 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
     CHECK(plan_of({.tokens = 8, .activations = other, .snapshots = true}).kernel == Kernel::serving);
     CHECK(plan_of({.tokens = 4, .activations = other, .snapshots = true}).kernel ==
           (other == DType::f32 ? Kernel::recurrent : Kernel::serving));
-    CHECK(plan_of({.tokens = 9, .activations = other}).kernel == Kernel::verify);
+    const bool half = other == DType::f16;
+    CHECK(plan_of({.tokens = 9, .activations = other}).kernel == (half ? Kernel::serving : Kernel::verify));
+    for (const bool value_last : {false, true}) {
+      const Plan many = plan_of({.tokens = 17, .activations = other, .value_last = value_last});
+      CHECK(many.kernel == (half ? Kernel::chunks : Kernel::verify));
+      if (half) CHECK(many.inputs == other);
+    }
+    CHECK(plan_of({.tokens = 9, .activations = other, .value_last = true}).kernel == Kernel::verify);
     CHECK(plan_of({.tokens = 4, .activations = other, .value_last = true}).kernel == Kernel::recurrent);
     CHECK(plan_of({.tokens = 5, .activations = other, .value_last = true}).kernel == Kernel::verify);
     CHECK(plan_of({.tokens = 4, .key_dim = 256, .activations = other}).kernel == Kernel::recurrent);
@@ -207,7 +217,6 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
   CHECK(plan_of({.tokens = 3, .state = DType::f32, .value_last = true, .snapshots = true}).kernel == Kernel::recurrent);
   CHECK(plan_of({.tokens = 4, .snapshots = true}).kernel == Kernel::serving);
   CHECK(plan_of({.tokens = 17, .snapshots = true}).kernel == Kernel::verify);
-  CHECK(plan_of({.tokens = 17, .activations = DType::f16}).kernel == Kernel::verify);
 }
 
 TEST_CASE("a block of a V-last decode has whole rows of the state where V and K allow it") {
@@ -295,4 +304,5 @@ TEST_CASE("random cases reach every form of the fast kernels") {
     CHECK(watching.calls[form] >= 3);
   }
   for (const DType inputs : {DType::f16, DType::f32, DType::bf16}) CHECK(watching.serving_inputs[inputs] >= 3);
+  CHECK(watching.half_chunks >= 3);
 }

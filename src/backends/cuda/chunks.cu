@@ -7,18 +7,23 @@
 namespace gatedelta::cuda {
 namespace {
 
-template <int key_dim, bool value_last>
+template <int key_dim, bool value_last, class Input>
 FastKernel describe() {
-  using Form = ChunkForm<State, key_dim, value_last>;
-  void (*const function)(FastParams) = chunks_kernel<State, key_dim, value_last>;
+  using Form = ChunkForm<State, key_dim, value_last, Input>;
+  void (*const function)(FastParams) = chunks_kernel<State, key_dim, value_last, Input>;
   FastKernel kernel{reinterpret_cast<const void*>(function), Form::Tile::warp_rows};
   kernel.chunk_bytes = Form::Tokens::shared_bytes, kernel.chunk_value_bytes = Form::Values::bytes;
   return kernel;
 }
 
+template <int key_dim, class Input>
+FastKernel find(const Plan& plan) {
+  return plan.value_last ? describe<key_dim, true, Input>() : describe<key_dim, false, Input>();
+}
+
 template <int key_dim>
 FastKernel find(const Plan& plan) {
-  return plan.value_last ? describe<key_dim, true>() : describe<key_dim, false>();
+  return plan.inputs == DType::f16 ? find<key_dim, __half>(plan) : find<key_dim, __nv_bfloat16>(plan);
 }
 
 }  // namespace

@@ -14,20 +14,21 @@ namespace gatedelta::cuda {
 
 constexpr int chunk_tokens = 16;
 
-template <class State, int key_dim, bool value_last>
+template <class State, int key_dim, bool value_last, class Input>
 struct ChunkForm {
   using Tile = StateTile<State, key_dim, value_last>;
-  using Tokens = TokenColumns<key_dim, chunk_tokens, Tile::width>;
+  using Tokens = WideColumns<Input, key_dim, Tile::width>;
   /// What ValueVectors want to know of a tile.
   struct Rows {
     static constexpr int halves = Tile::halves, tile_rows = Tile::warp_rows, tiles = 1;
   };
-  using Values = ValueVectors<Rows, value_last>;
+  using Values = ValueVectors<Input, Rows, value_last>;
 };
 
-template <class State, int key_dim, bool value_last>
-__global__ void __launch_bounds__(32 * chunks_max_warps, 1) chunks_kernel(const __grid_constant__ FastParams p) {
-  using Form = ChunkForm<State, key_dim, value_last>;
+template <class State, int key_dim, bool value_last, class Input>
+__global__ void __launch_bounds__(32 * chunks_max_warps(bfloat_parts_of<Input> == 1), 1)
+    chunks_kernel(const __grid_constant__ FastParams p) {
+  using Form = ChunkForm<State, key_dim, value_last, Input>;
   using Tile = typename Form::Tile;
   using Tokens = typename Form::Tokens;
   using Values = typename Form::Values;
@@ -112,12 +113,15 @@ __global__ void __launch_bounds__(32 * chunks_max_warps, 1) chunks_kernel(const 
         Tokens tokens(chunk_at(chunk));
         tokens.pass({chunk_at(chunk), lane, false});
         float products[1][Tokens::blocks][4] = {};
-        Pair columns[Tokens::blocks][4];
+        Pair columns[Tokens::key_parts][Tokens::blocks][4];
 #pragma unroll
         for (int i = 0; i < runs; ++i) {
           if (i * pairs % 4 == 0)
 #pragma unroll
-            for (int block = 0; block < Tokens::blocks; ++block) tokens.load_pairs(columns[block], block, i * pairs);
+            for (int key_part = 0; key_part < Tokens::key_parts; ++key_part)
+#pragma unroll
+              for (int block = 0; block < Tokens::blocks; ++block)
+                tokens.load_pairs(columns[key_part][block], block, i * pairs, key_part);
 #pragma unroll
           for (int j = 0; j < pairs; j += 2) {
             const int column = (i * pairs + j) % 4;
@@ -131,9 +135,14 @@ __global__ void __launch_bounds__(32 * chunks_max_warps, 1) chunks_kernel(const 
 #pragma unroll
             for (int part = parts - 1; part >= 0; --part)
 #pragma unroll
-              for (int block = 0; block < Tokens::blocks; ++block)
-                multiply_add(products[0][block], a[part][0][0], a[part][0][1], a[part][1][0], a[part][1][1],
-                             columns[block][column], columns[block][column + 1]);
+              for (int key_part = Tokens::key_parts - 1; key_part >= 0; --key_part)
+#pragma unroll
+                for (int block = 0; block < Tokens::blocks; ++block) {
+                  const auto& keys = columns[key_part][block];
+                  if (part + key_part < 3)
+                    multiply_add(products[0][block], a[part][0][0], a[part][0][1], a[part][1][0], a[part][1][1], keys[column],
+                                 keys[column + 1]);
+                }
           }
         }
 

@@ -78,7 +78,8 @@ using FastParams = Params<std::int32_t>;
 
 constexpr int group_entries = 16;  ///< of a window, that a product takes at a time
 
-constexpr int chunks_max_warps = 12;  ///< of a block of the kernel for chunks, as registers allow
+/// Of a block of the kernel for chunks, as registers allow.
+constexpr int chunks_max_warps(bool bfloat_inputs) { return bfloat_inputs ? 12 : 8; }
 
 /// A ReplayWindow.
 struct WindowParams {

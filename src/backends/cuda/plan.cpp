@@ -56,6 +56,7 @@ constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
 constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
 constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
 constexpr Choice chunks_rows[] = {{64, {4, 8, 16}}, {128, {4, 12, 16}}, {no_bound, {0, 4, 16}}};
+constexpr Choice split_chunks_rows[] = {{128, {4, 8, 16}}, {no_bound, {0, 4, 16}}};
 constexpr Choice serving_value_last_16_bit[] = {{128, {4, 4, 1}}, {512, {2, 2, 1}}, {2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 constexpr Choice serving_value_last_32_bit[] = {{32, {4, 4, 1}}, {128, {2, 2, 1}}, {512, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 constexpr Choice value_last_each_16_bit[] = {{no_bound, {4, 4, 1}}};
@@ -133,8 +134,8 @@ bool fits_recurrent(const ForwardParams& p, bool value_last, bool serving) {
 
 bool has_kernel(const Plan& plan, const Shape& shape, DType state, Stores stores) {
   if (plan.kernel == Kernel::chunks)
-    return shape.preparing >= 0 && shape.preparing <= 4 && shape.warps > shape.preparing && shape.warps <= chunks_max_warps &&
-           shape.span == 16;
+    return shape.preparing >= 0 && shape.preparing <= 4 && shape.warps > shape.preparing &&
+           shape.warps <= chunks_max_warps(plan.inputs == DType::bf16) && shape.span == 16;
   if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4)) return false;
   if (shape.span < 1 || shape.span > 1024) return false;
   if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;
@@ -170,7 +171,7 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
     return state == DType::f32 ? all(of_32_bit) : all(of_16_bit);
   };
   if (plan.kernel == Kernel::verify) return all(verify_rows);
-  if (plan.kernel == Kernel::chunks) return all(chunks_rows);
+  if (plan.kernel == Kernel::chunks) return plan.inputs == DType::bf16 ? all(chunks_rows) : all(split_chunks_rows);
   if (plan.kernel == Kernel::replay)
     return plan.token_tile == 1 ? all(replay_one_token) : by_state(replay_16_bit, replay_32_bit);
   if (plan.kernel == Kernel::serving) {
@@ -179,12 +180,12 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
     if (plan.value_last)
       return wide ? by_state(wide_value_last_16_bit, wide_value_last_32_bit)
                   : by_state(serving_value_last_16_bit, serving_value_last_32_bit);
-    if (wide) return by_state(wide_16_bit, wide_32_bit);
     if (plan.inputs != DType::bf16) {
       const bool each = stores == Stores::each;
       if (plan.inputs == DType::f32) return each ? by_state(float_each_16_bit, float_each_32_bit) : all(split_32_bit);
       return each ? by_state(split_each_16_bit, split_each_32_bit) : by_state(split_16_bit, split_32_bit);
     }
+    if (wide) return by_state(wide_16_bit, wide_32_bit);
     if (stores == Stores::none) return by_state(serving_read_16_bit, serving_read_32_bit);
     if (stores == Stores::each) return by_state(serving_each_16_bit, serving_each_32_bit);
     return by_state(serving_update_16_bit, serving_update_32_bit);
@@ -236,9 +237,10 @@ Plan make_plan(const ForwardParams& p) {
   Plan plan;
   if (!has_fast_sizes(p, plan.value_last)) return plan;
   const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
-  // Inputs that are not bfloat16 K-last, up to 8 tokens.
-  const bool split = p.q.dtype != DType::bf16 && !plan.value_last && p.tokens <= 8 && has_serving_form(p, false, p.q.dtype);
-  const bool serving = (vectors || split) && fits_serving(p);
+  // Other inputs than bfloat16: float16 K-last or in chunks, float32 K-last and up to 8 tokens.
+  const DType inputs = p.q.dtype;
+  const bool split = inputs != DType::bf16 && has_serving_form(p, plan.value_last, inputs);
+  const bool serving = (vectors || (split && !plan.value_last && (inputs == DType::f16 || p.tokens <= 8))) && fits_serving(p);
   if (fits_recurrent(p, plan.value_last, serving)) {
     plan.kernel = Kernel::recurrent;
     choose_start(p, plan);
@@ -248,9 +250,10 @@ Plan make_plan(const ForwardParams& p) {
   if (serving) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p.tokens);
-    plan.common = usual, plan.inputs = p.q.dtype;
-  } else if (vectors && fits_chunks(p)) {
+    plan.common = usual, plan.inputs = inputs;
+  } else if ((vectors || (split && inputs == DType::f16)) && fits_chunks(p)) {
     plan.kernel = Kernel::chunks;
+    plan.inputs = inputs;
   } else if (!variable && p.tokens == 1) {
     plan.kernel = Kernel::decode;
     plan.common = usual && !snapshots;

@@ -38,7 +38,7 @@ struct Plan {
   bool value_last = false;
   int token_tile = 0;                 ///< verify: tokens of a turn; serving: at most
   bool common = false;                ///< see the kernel
-  DType inputs = DType::bf16;         ///< serving: of q, k, v and o
+  DType inputs = DType::bf16;         ///< serving, chunks: of q, k, v and o
   bool tree = false;                  ///< recurrent: drafts in a tree
   bool ahead = false, early = false;  ///< see Params
   Shape shape;

@@ -27,6 +27,8 @@ FastKernel find(const Plan& plan) {
 
 template <int key_dim, class Input>
 FastKernel find_split(const Plan& plan) {
+  if constexpr (sizeof(Input) == 2)
+    if (plan.token_tile == 16) return describe<key_dim, false, 16, false, Input>();
   return plan.token_tile == 4 ? describe<key_dim, false, 4, false, Input>() : describe<key_dim, false, 8, false, Input>();
 }
 

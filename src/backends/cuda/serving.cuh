@@ -26,11 +26,13 @@ template <bool value_last>
 constexpr int serving_stages = value_last ? 1 : 2;
 
 template <class Unit, int token_tile, class Input>
-using ServingTokens = std::conditional_t<bfloat_parts_of<Input> == 1, TokenColumns<Unit::keys, token_tile, Unit::width>,
-                                         SplitColumns<Input, Unit::keys, token_tile, Unit::width>>;
+using ServingTokens =
+    std::conditional_t<token_tile == 16, WideColumns<Input, Unit::keys, Unit::width>,
+                       std::conditional_t<bfloat_parts_of<Input> == 1, TokenColumns<Unit::keys, token_tile % 16, Unit::width>,
+                                          SplitColumns<Input, Unit::keys, token_tile % 16, Unit::width>>>;
 template <class Unit, int token_tile, class Input>
 using ServingValues =
-    std::conditional_t<token_tile == 16, ValueVectors<Unit>,
+    std::conditional_t<token_tile == 16, ValueVectors<Input, Unit>,
                        std::conditional_t<sizeof(Input) == 4, ValueFloats<Unit, ServingTokens<Unit, token_tile, Input>>,
                                           ValuePairs<Unit, ServingTokens<Unit, token_tile, Input>>>>;
 

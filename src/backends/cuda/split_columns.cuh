@@ -122,7 +122,7 @@ class SplitColumns : public TokenColumns<key_dim, token_tile, width> {
   }
 
  private:
-  // As in TokenColumns of 16 tokens: rows of shared memory are tokens, and vector v of a row r is at v ^ (r % 8).
+  // As in WideColumns: rows of shared memory are tokens, and vector v of a row r is at v ^ (r % 8).
   static constexpr int row_bytes = 2 * key_dim;
   static constexpr int turns = blocks * runs, words = width * static_cast<int>(sizeof(Input)) / 4;
 

@@ -134,9 +134,9 @@ class ValueFloats {
   const int token_, first_;
 };
 
-/// 16 tokens in bfloat16: of a tile a lane copies and stores 8 values of one token, 16 bytes; as matrices they come out of
+/// 16 tokens in 16 bits: of a tile a lane copies and stores 8 values of one token, 16 bytes; as matrices they come out of
 /// shared memory the other way around. `pairwise`: the halves of a tile have pairs of value rows in turn, not 8 rows each.
-template <class Unit, bool pairwise = false>
+template <class Element, class Unit, bool pairwise = false>
 class ValueVectors {
  public:
   using Raw = Pair;
@@ -183,7 +183,7 @@ class ValueVectors {
     for (int group = 0; group < groups; ++group)
 #pragma unroll
       for (int half = 0; half < halves; ++half)
-        words[2 * group + half] = narrow(out[group][2 * half], out[group][2 * half + 1], __nv_bfloat16{});
+        words[2 * group + half] = narrow(out[group][2 * half], out[group][2 * half + 1], Element{});
     __syncwarp();
     store_transposed(matrix_row(memory, m), words);
     __syncwarp();

@@ -6,18 +6,20 @@
 namespace gatedelta::cuda {
 
 /// TokenColumns of 16 tokens: two groups of 8 columns for keys, and two for queries. Keys and queries are in the block's shared
-/// memory, each warp fetches some of them for all.
-template <int key_dim, int width, int part_count>
-class TokenColumns<key_dim, 16, width, part_count> {
+/// memory, each warp fetches some of them for all. Those in float16 are there as sums of two bfloat16 numbers.
+template <class Input, int key_dim, int width>
+class WideColumns {
+  static_assert(sizeof(Input) == 2);
+
  public:
-  using Element = __nv_bfloat16;
-  static constexpr int key_parts = 1;
+  using Element = Input;
+  static constexpr int key_parts = bfloat_parts_of<Input>;
   static constexpr int groups = 2, blocks = 2 * groups, runs = key_dim / (4 * width), pairs = width / 2;
-  static constexpr int parts = part_count;
+  static constexpr int parts = 3;
 
   float key_factor[groups][2], value_factor[groups][2], query_factor[groups][2];
 
-  __device__ explicit TokenColumns(void* memory) : memory_(shared_address(memory, numbers_bytes)) {}
+  __device__ explicit WideColumns(void* memory) : memory_(shared_address(memory, numbers_bytes)) {}
 
   __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int count, int g, int c) {
 #pragma unroll
@@ -51,10 +53,10 @@ class TokenColumns<key_dim, 16, width, part_count> {
   }
 
   /// As fragments of a matrix product: of column g of a block, four of its pairs from this one.
-  __device__ void load_pairs(Pair (&out)[4], int block, int first, int /*part*/ = 0) const {
+  __device__ void load_pairs(Pair (&out)[4], int block, int first, int part = 0) const {
     const int lane = own_lane(), row = lane % 8;
-    load_matrices(
-        out, memory_ + row * row_bytes + (((lane / 8) ^ row) ^ first % 8) * 16 + block * (8 * row_bytes) + first / 8 * 128);
+    load_matrices(out, memory_ + row * row_bytes + (((lane / 8) ^ row) ^ first % 8) * 16 +
+                           (part * blocks + block) * (8 * row_bytes) + first / 8 * 128);
   }
 
   // Of matrices whose rows are tokens, a lane has rows g and g + 8 ("halves"), and of each group of columns 2c and 2c + 1.
@@ -68,18 +70,27 @@ class TokenColumns<key_dim, 16, width, part_count> {
     float products[groups][4] = {}, read_outs[groups][4] = {}, squares[groups][4] = {};
 #pragma unroll
     for (int first = 0; first < runs * pairs; first += 4) {
-      Pair words[blocks][4];
+      Pair words[key_parts][blocks][4];
 #pragma unroll
-      for (int block = 0; block < blocks; ++block) load_pairs(words[block], block, first);
-      const auto multiply = [&](float(&d)[4], const Pair(&low)[4], const Pair(&high)[4], const Pair(&columns)[4]) {
+      for (int part = 0; part < key_parts; ++part)
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) multiply_add(d, low[j], high[j], low[j + 1], high[j + 1], columns[j], columns[j + 1]);
+        for (int block = 0; block < blocks; ++block) load_pairs(words[part][block], block, first, part);
+      const auto multiply = [&](float(&d)[4], int block, int column_block) {
+#pragma unroll
+        for (int part = 0; part < key_parts; ++part)
+#pragma unroll
+          for (int other = 0; other < key_parts; ++other) {
+            const auto &low = words[part][block], &high = words[part][block + 1], &columns = words[other][column_block];
+#pragma unroll
+            for (int j = 0; j < 4; j += 2)
+              multiply_add(d, low[j], high[j], low[j + 1], high[j + 1], columns[j], columns[j + 1]);
+          }
       };
 #pragma unroll
       for (int group = 0; group < groups; ++group) {
-        multiply(products[group], words[0], words[1], words[group]);
-        multiply(read_outs[group], words[2], words[3], words[group]);
-        multiply(squares[group], words[2], words[3], words[groups + group]);
+        multiply(products[group], 0, group);
+        multiply(read_outs[group], 2, group);
+        multiply(squares[group], 2, groups + group);
       }
     }
     float row_factor[2], row_query_factor[2];
@@ -231,14 +242,20 @@ class TokenColumns<key_dim, 16, width, part_count> {
   /// d += U k^T for rows g and g + 8 and the keys of pairs j and j + 1 of run i.
   __device__ void multiply_keys(float (&d)[2][4], const Pair (&u)[groups][2][parts], int i, int j) const {
     const int lane = own_lane(), row = lane % 8, first = i * pairs + j;
-    Pair columns[4];
-    load_transposed(columns,
-                    memory_ + (lane / 8 % 2 * 8 + row) * row_bytes + ((lane / 16 ^ row) ^ first % 8) * 16 + first / 8 * 128);
+    Pair columns[key_parts][4];
+#pragma unroll
+    for (int part = 0; part < key_parts; ++part)
+      load_transposed(columns[part], memory_ + (part * (8 * blocks) + lane / 8 % 2 * 8 + row) * row_bytes +
+                                         ((lane / 16 ^ row) ^ first % 8) * 16 + first / 8 * 128);
 #pragma unroll
     for (int part = parts - 1; part >= 0; --part)
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        multiply_add(d[e], u[0][0][part], u[0][1][part], u[1][0][part], u[1][1][part], columns[2 * e], columns[2 * e + 1]);
+      for (int other = key_parts - 1; other >= 0; --other)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (part + other < 3)
+            multiply_add(d[e], u[0][0][part], u[0][1][part], u[1][0][part], u[1][1][part], columns[other][2 * e],
+                         columns[other][2 * e + 1]);
   }
 
  private:
@@ -252,7 +269,17 @@ class TokenColumns<key_dim, 16, width, part_count> {
 #pragma unroll
     for (int i = 0; i < runs; ++i)
 #pragma unroll
-      for (int j = 0; j < pairs; ++j) *reinterpret_cast<Pair*>(row + ((i * pairs + j) ^ g) * 16) = words[i][j];
+      for (int j = 0; j < pairs; ++j) {
+        Pair split[key_parts] = {words[i][j]};
+        if constexpr (key_parts > 1) {
+          float low, high;
+          widen(words[i][j], low, high, Input{});
+          split_in<key_parts>(low, high, [&](int part) -> Pair& { return split[part]; });
+        }
+#pragma unroll
+        for (int part = 0; part < key_parts; ++part)
+          *reinterpret_cast<Pair*>(row + part * (8 * blocks * row_bytes) + ((i * pairs + j) ^ g) * 16) = split[part];
+      }
   }
 
   __device__ static int own_lane() { return static_cast<int>(threadIdx.x % 32); }
@@ -268,7 +295,7 @@ class TokenColumns<key_dim, 16, width, part_count> {
   float prefix_[2];              ///< exp(G_t)
 
  public:
-  static constexpr std::size_t shared_bytes = numbers_bytes + blocks * 8 * row_bytes;
+  static constexpr std::size_t shared_bytes = numbers_bytes + key_parts * blocks * 8 * row_bytes;
 };
 
 }  // namespace gatedelta::cuda
