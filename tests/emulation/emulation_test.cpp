@@ -187,6 +187,8 @@ TEST_CASE("chunks") {
         Form half{state, T, T == 64 ? 128 : 64, 64, shape(T == 37 ? 2 : 0, 4, 16), 1, 2, !usual, value_last};
         half.inputs = DType::f16;
         check(half, Kernel::chunks, 0);
+        half.shape = T == 64 ? shape(4, 8, 16) : shape(0, 8, 16);
+        check(half, Kernel::chunks, 0);
       }
 }
 

@@ -56,7 +56,7 @@ constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
 constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
 constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
 constexpr Choice chunks_rows[] = {{64, {4, 8, 16}}, {128, {4, 12, 16}}, {no_bound, {0, 4, 16}}};
-constexpr Choice split_chunks_rows[] = {{128, {4, 8, 16}}, {no_bound, {0, 4, 16}}};
+constexpr Choice split_chunks_rows[] = {{64, {4, 8, 16}}, {no_bound, {0, 8, 16}}};
 constexpr Choice serving_value_last_16_bit[] = {{128, {4, 4, 1}}, {512, {2, 2, 1}}, {2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 constexpr Choice serving_value_last_32_bit[] = {{32, {4, 4, 1}}, {128, {2, 2, 1}}, {512, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
 constexpr Choice value_last_each_16_bit[] = {{no_bound, {4, 4, 1}}};
@@ -183,7 +183,8 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
     if (plan.inputs != DType::bf16) {
       const bool each = stores == Stores::each;
       if (plan.inputs == DType::f32) return each ? by_state(float_each_16_bit, float_each_32_bit) : all(split_32_bit);
-      return each ? by_state(split_each_16_bit, split_each_32_bit) : by_state(split_16_bit, split_32_bit);
+      if (each) return by_state(split_each_16_bit, split_each_32_bit);
+      return wide ? all(split_32_bit) : by_state(split_16_bit, split_32_bit);
     }
     if (wide) return by_state(wide_16_bit, wide_32_bit);
     if (stores == Stores::none) return by_state(serving_read_16_bit, serving_read_32_bit);
