@@ -28,8 +28,8 @@ constexpr int serving_stages = value_last ? 1 : 2;
 template <class Unit, int token_tile, class Input>
 using ServingTokens =
     std::conditional_t<token_tile == 16, WideColumns<Input, Unit::keys, Unit::width>,
-                       std::conditional_t<bfloat_parts_of<Input> == 1, TokenColumns<Unit::keys, token_tile % 16, Unit::width>,
-                                          SplitColumns<Input, Unit::keys, token_tile % 16, Unit::width>>>;
+                       std::conditional_t<bfloat_parts_of<Input> == 1, TokenColumns<Unit::keys, token_tile, Unit::width>,
+                                          SplitColumns<Input, Unit::keys, token_tile, Unit::width>>>;
 template <class Unit, int token_tile, class Input>
 using ServingValues =
     std::conditional_t<token_tile == 16, ValueVectors<Input, Unit>,
@@ -60,7 +60,7 @@ constexpr int serving_blocks() {
                           : parts == 2 ? 16
                                        : 8) +
                          (common ? 0 : 8) +
-                         (Tokens::key_parts > 2 ? 40
+                         (Tokens::key_parts > 2 ? (parts == 2 && token_tile == 8 ? 88 : 40)
                           : split               ? 24
                                                 : 0);
   constexpr int registers = 65536 / (32 * serving_max_warps * (fragments + others));
