@@ -42,7 +42,7 @@ constexpr Choice serving_each_16_bit[] = {{64, {2, 2, 16}}, {256, {0, 4, 16}}, {
 constexpr Choice serving_each_32_bit[] = {{32, {2, 2, 16}}, {128, {0, 2, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 16}}};
 constexpr Choice serving_read_16_bit[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice serving_read_32_bit[] = {{256, {0, 1, 16}}, {no_bound, {0, 2, 64}}};
-// q, k, v and o in float16 beside a state of 16 bits, and all others that are not bfloat16.
+// Inputs that are not bfloat16: up to 8 tokens in float16 beside a state of 16 bits, and all others.
 constexpr Choice split_16_bit[] = {{128, {0, 4, 16}}, {512, {0, 4, 32}}, {no_bound, {0, 2, 64}}};
 constexpr Choice split_32_bit[] = {{128, {0, 4, 16}}, {no_bound, {0, 2, 64}}};
 // The same with states after each token: in float16, in float32.
@@ -237,11 +237,12 @@ void choose_start(const ForwardParams& p, Plan& plan) {
 Plan make_plan(const ForwardParams& p) {
   Plan plan;
   if (!has_fast_sizes(p, plan.value_last)) return plan;
-  const bool vectors = has_serving_form(p, plan.value_last), usual = vectors && has_usual_gates(p);
-  // Other inputs than bfloat16: float16 K-last or in chunks, float32 K-last and up to 8 tokens.
+  // Inputs of other dtypes than bfloat16: float16 K-last or in chunks, float32 K-last and up to 8 tokens.
   const DType inputs = p.q.dtype;
-  const bool split = inputs != DType::bf16 && has_serving_form(p, plan.value_last, inputs);
-  const bool serving = (vectors || (split && !plan.value_last && (inputs == DType::f16 || p.tokens <= 8))) && fits_serving(p);
+  const bool form = has_serving_form(p, plan.value_last, inputs);
+  const bool vectors = form && inputs == DType::bf16, half = form && inputs == DType::f16;
+  const bool usual = vectors && has_usual_gates(p);
+  const bool serving = form && (vectors || (!plan.value_last && (half || p.tokens <= 8))) && fits_serving(p);
   if (fits_recurrent(p, plan.value_last, serving)) {
     plan.kernel = Kernel::recurrent;
     choose_start(p, plan);
@@ -252,7 +253,7 @@ Plan make_plan(const ForwardParams& p) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p.tokens);
     plan.common = usual, plan.inputs = inputs;
-  } else if ((vectors || (split && inputs == DType::f16)) && fits_chunks(p)) {
+  } else if ((vectors || half) && fits_chunks(p)) {
     plan.kernel = Kernel::chunks;
     plan.inputs = inputs;
   } else if (!variable && p.tokens == 1) {
