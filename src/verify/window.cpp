@@ -35,7 +35,7 @@ class ScenarioGenerator {
     s_.slots = random_.integer(1, 6) + std::max<std::int64_t>(0, s_.config.null_slot + 1);
     const std::int64_t H = s_.config.heads(), K = s_.config.key_dim, V = s_.config.value_dim;
     s_.state = dense(s_.config.dtypes.state, {s_.slots, H, V, K});
-    if (!serving_ && random_.chance(0.25)) s_.state.strides[2] = 1, s_.state.strides[3] = V;  // [slots,H,K,V] in memory
+    if (random_.chance(serving_ ? 0.4 : 0.25)) s_.state.strides[2] = 1, s_.state.strides[3] = V;  // [slots,H,K,V] in memory
     if (random_.chance(0.3)) s_.state.strides[0] += serving_ ? 8 * random_.integer(1, 5) : random_.integer(1, 40);
     strength_ = random_.pick({0.001, 0.1, 1.0, 30.0});
     for (std::int64_t i = 0; i < s_.state.elements(); ++i)

@@ -32,7 +32,8 @@ Result check(const Form& form, Kernel kernel, int token_tile) {
   if (form.update && (form.capacity == 0 || result.folded > 0)) CHECK(result.state.relative() <= limit_of(form.state));
   if (form.snapshots) CHECK(result.snapshots.relative() <= limit_of(form.snapshot_dtype()));
   if (form.capacity > 0) {
-    CHECK(result.corrections.relative() <= limit_of(form.entry_dtype));
+    // Few numbers, of which one may be most of the sum: then it is the worst of all roundings.
+    CHECK(result.corrections.relative() <= 2 * limit_of(form.entry_dtype));
     CHECK(result.decays <= 1e-5);
     CHECK(result.keys == 0);
   }
@@ -49,9 +50,16 @@ cuda::Shape shape(int heads, int warps, int span) { return {.heads = heads, .war
 
 TEST_CASE("replay") {
   int folded = 0, unfolded = 0;
-  const auto check_replay = [&](const Form& form) {
-    const Result result = check(form, Kernel::replay, tile_of(form.tokens));
-    folded += result.folded, unfolded += result.unfolded;
+  const auto check_replay = [&](Form form) {
+    for (const bool value_last : {false, true}) {
+      if (value_last) {  // then all warps of a block have values
+        form.value_last = true;
+        while (form.value_dim % (16 * form.shape.warps) != 0) --form.shape.warps;
+        form.shape.heads = std::min(form.shape.heads, form.shape.warps);
+      }
+      const Result result = check(form, Kernel::replay, tile_of(form.tokens));
+      folded += result.folded, unfolded += result.unfolded;
+    }
   };
   for (const DType state : states) {
     // One product takes 16 entries: around that, and with none.
@@ -109,7 +117,7 @@ TEST_CASE("recurrent, with a window") {
           for (const std::int64_t P : {0, 7, 16, 37}) {
             if (state == DType::f16 && P != 7) continue;  // as bfloat16
             const std::int64_t T = P == 7 ? 11 : P == 37 ? 20 : 1;
-            if (entries == DType::bf16 && K < 256 && !value_last && T <= 8) continue;  // the fast form
+            if (entries == DType::bf16 && K < 256 && T <= 8) continue;  // the fast form
             Form form{state, T, K, P == 16 ? 160 : 96, {}, 2, 4, P == 7, value_last, false, true, P == 37 ? 48 : 16, P};
             form.entry_dtype = entries;
             check(form, Kernel::recurrent, 0);

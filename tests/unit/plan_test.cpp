@@ -70,7 +70,7 @@ class Watching final : public Backend {
  public:
   std::map<std::pair<Kernel, int>, int> calls;
   std::map<DType, int> serving_inputs;  ///< of calls of the serving kernel
-  int half_chunks = 0, fast_trees = 0, recurrent_trees = 0, fast_sequences = 0;
+  int half_chunks = 0, fast_trees = 0, recurrent_trees = 0, fast_sequences = 0, fast_value_last = 0;
   bool computes = true;
 
   std::string_view name() const noexcept override { return "watching"; }
@@ -86,6 +86,7 @@ class Watching final : public Backend {
     fast_trees += call.problem.tree && plan.kernel == Kernel::replay;
     recurrent_trees += call.problem.tree && plan.kernel == Kernel::recurrent;
     fast_sequences += call.arguments->cu_seqlens.defined() && plan.kernel == Kernel::replay;
+    fast_value_last += plan.kernel == Kernel::replay && plan.value_last;
     if (computes) reference_.forward(call);
   }
   void commit(const Config& config, const CommitArguments& in) override { reference_.commit(config, in); }
@@ -101,12 +102,16 @@ class Watching final : public Backend {
 }  // namespace
 
 TEST_CASE("the tables of launches are complete and ascend") {
-  for (const Kernel kernel : {Kernel::decode, Kernel::verify, Kernel::serving, Kernel::chunks})
+  for (const Kernel kernel : {Kernel::decode, Kernel::verify, Kernel::serving, Kernel::chunks, Kernel::replay})
     for (const DType state : {DType::f32, DType::f16, DType::bf16})
       for (const bool value_last : {false, true})
         for (const Stores stores : {Stores::none, Stores::last, Stores::each})
-          for (const auto& [token_tile, inputs] :
-               {std::pair{8, DType::bf16}, {8, DType::f16}, {8, DType::f32}, {16, DType::bf16}, {16, DType::f16}}) {
+          for (const auto& [token_tile, inputs] : {std::pair{1, DType::bf16},
+                                                   {8, DType::bf16},
+                                                   {8, DType::f16},
+                                                   {8, DType::f32},
+                                                   {16, DType::bf16},
+                                                   {16, DType::f16}}) {
             Plan plan;
             plan.kernel = kernel, plan.value_last = value_last, plan.token_tile = token_tile, plan.inputs = inputs;
             const Choices rows = choices(plan, state, stores);
@@ -128,6 +133,10 @@ TEST_CASE("the tables of launches are complete and ascend") {
               // A warp of a V-last block without a tile, or with two, would wait for the others forever.
               if (kernel == Kernel::serving && value_last && stores == Stores::each)
                 CHECK(row->shape.shares == (state == DType::f32 ? 2 : 4));
+              if (kernel == Kernel::replay) {
+                CHECK(row->shape.heads >= 1);
+                CHECK(row->shape.heads <= row->shape.warps);
+              }
               if (kernel == Kernel::chunks) {
                 CHECK(row->shape.preparing < row->shape.warps);
                 CHECK(row->shape.span == 16);
@@ -281,6 +290,7 @@ TEST_CASE("random windows reach every form of the fast kernels") {
   CHECK(watching.fast_trees >= 3);
   CHECK(watching.recurrent_trees >= 5);
   CHECK(watching.fast_sequences >= 3);
+  CHECK(watching.fast_value_last >= 3);
   CHECK(watching.calls[{Kernel::generic, 0}] >= 5);
 }
 

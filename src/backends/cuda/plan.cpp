@@ -53,6 +53,9 @@ constexpr Choice float_each_32_bit[] = {{64, {2, 4, 16}}, {512, {0, 2, 32}}, {no
 constexpr Choice replay_one_token[] = {{256, {1, 4, 16}}, {512, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_16_bit[] = {{256, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
+constexpr Choice replay_value_last_one_token[] = {{512, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_value_last_16_bit[] = {{512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_value_last_32_bit[] = {{no_bound, {1, 2, 64}}};
 constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
 constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
 constexpr Choice chunks_rows[] = {{64, {4, 8, 16}}, {128, {4, 12, 16}}, {no_bound, {0, 4, 16}}};
@@ -172,8 +175,11 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
   };
   if (plan.kernel == Kernel::verify) return all(verify_rows);
   if (plan.kernel == Kernel::chunks) return plan.inputs == DType::bf16 ? all(chunks_rows) : all(split_chunks_rows);
-  if (plan.kernel == Kernel::replay)
-    return plan.token_tile == 1 ? all(replay_one_token) : by_state(replay_16_bit, replay_32_bit);
+  if (plan.kernel == Kernel::replay) {
+    if (plan.token_tile == 1) return plan.value_last ? all(replay_value_last_one_token) : all(replay_one_token);
+    return plan.value_last ? by_state(replay_value_last_16_bit, replay_value_last_32_bit)
+                           : by_state(replay_16_bit, replay_32_bit);
+  }
   if (plan.kernel == Kernel::serving) {
     const bool wide = plan.token_tile == 16;
     if (plan.value_last && stores == Stores::each) return by_state(value_last_each_16_bit, value_last_each_32_bit);
@@ -209,6 +215,12 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
     int& shares = plan.shape.shares;
     if (stores != Stores::each) shares = 0;
     while (shares > p.tokens) shares /= 2;
+  }
+  // V-last, all warps of a block have values.
+  if (plan.kernel == Kernel::replay && plan.value_last) {
+    int& warps = plan.shape.warps;
+    while (p.value_dim % (16 * warps) != 0) --warps;
+    plan.shape.heads = std::min(plan.shape.heads, warps);
   }
   // V-last, all lanes of a warp have values.
   if (plan.kernel == Kernel::decode && plan.value_last) {
@@ -279,15 +291,15 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
   const bool variable = p.cu_seqlens.data != nullptr;
   const std::int64_t tokens = variable ? std::max(window.room(), 2) : p.tokens;
   // A block has all of v of its heads in shared memory.
-  if (plan.value_last || p.key_dim == 256 || p.value_dim > 512 || tokens < 1 || tokens > 8 || p.rows == 0 ||
-      (p.parent.data != nullptr && tokens == 1) || !has_serving_form(p, false) || !has_vectors(p.v, 3, 8) ||
+  if (p.key_dim == 256 || p.value_dim > 512 || tokens < 1 || tokens > 8 || p.rows == 0 ||
+      (p.parent.data != nullptr && tokens == 1) || !has_serving_form(p, plan.value_last) || !has_vectors(p.v, 3, 8) ||
       window.keys.dtype != DType::bf16) {
     plan.kernel = Kernel::recurrent;
     plan.tree = p.parent.data != nullptr;
   } else {
     plan.kernel = Kernel::replay;
     plan.token_tile = token_tile_of(tokens);
-    plan.common = !variable && has_usual_gates(p);
+    plan.common = !plan.value_last && !variable && has_usual_gates(p);
     choose_shape(p, Stores::last, plan);
   }
   choose_start(p, plan);

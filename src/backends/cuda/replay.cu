@@ -7,14 +7,14 @@
 namespace gatedelta::cuda {
 namespace {
 
-template <int key_dim, int token_tile, bool common>
+template <int key_dim, bool value_last, int token_tile, bool common>
 FastKernel describe() {
-  void (*const kernel)(ReplayParams<FastParams>) = replay_kernel<State, key_dim, token_tile, common>;
-  using Rows = StateRows<State, key_dim>;
+  void (*const kernel)(ReplayParams<FastParams>) = replay_kernel<State, key_dim, value_last, token_tile, common>;
+  using Rows = ReplayRows<State, key_dim, value_last>;
   using Notes = HeadNotes<ReplayTokens<key_dim, token_tile>, key_dim, token_tile>;
   return {.function = reinterpret_cast<const void*>(kernel),
           .warp_rows = Rows::rows,
-          .bytes = replay_stages * Rows::bytes,
+          .bytes = replay_stages * Rows::bytes + Rows::gap_bytes,
           .group_bytes = replay_stages * group_stage_bytes,
           .head_bytes = Notes::groups_at,
           .head_group_bytes = Notes::group_bytes,
@@ -23,21 +23,22 @@ FastKernel describe() {
           .team_group_bytes = Notes::team_group_bytes};
 }
 
-template <int key_dim, bool common>
+template <int key_dim, bool value_last, bool common>
 FastKernel find(const Plan& plan) {
   switch (plan.token_tile) {
     case 1:
-      return describe<key_dim, 1, common>();
+      return describe<key_dim, value_last, 1, common>();
     case 4:
-      return describe<key_dim, 4, common>();
+      return describe<key_dim, value_last, 4, common>();
     default:
-      return describe<key_dim, 8, common>();
+      return describe<key_dim, value_last, 8, common>();
   }
 }
 
 template <int key_dim>
 FastKernel find(const Plan& plan) {
-  return plan.common ? find<key_dim, true>(plan) : find<key_dim, false>(plan);
+  if (plan.value_last) return find<key_dim, true, false>(plan);
+  return plan.common ? find<key_dim, false, true>(plan) : find<key_dim, false, false>(plan);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include "backends/cuda/coefficients.cuh"
 #include "backends/cuda/record.cuh"
-#include "backends/cuda/state_rows.cuh"
+#include "backends/cuda/state_columns.cuh"
 
 // The serving form (see serving.cuh) with a replay window of bfloat16 entries. With the P entries (k_j, u_j), whose decays up
 // to the last one are gamma_j (gamma: that of the checkpoint S), the state that the tokens meet is
@@ -22,6 +22,8 @@ namespace gatedelta::cuda {
 
 constexpr int replay_stages = 2;
 constexpr int replay_max_warps = 4, replay_max_heads = replay_max_warps;
+template <class State, int key_dim, bool value_last>
+using ReplayRows = std::conditional_t<value_last, StateColumns<State, key_dim>, StateRows<State, key_dim>>;
 template <int key_dim, int token_tile>
 using ReplayTokens = TokenColumns<key_dim, token_tile, 8, 2>;
 
@@ -310,7 +312,7 @@ __device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int u
     if (used == 1) {
       scale_corrections(0);
 #pragma unroll
-      for (int run = 0; run < runs; ++run, to += Rows::run_keys) {  // without a branch
+      for (int run = 0; run < runs; ++run, to += Rows::run_step) {  // without a branch
         float sums[Rows::pairs][4] = {};
         add_group(sums, run, 0);
         rows.store_sum(to, run, checkpoint_decay, sums);
@@ -321,7 +323,7 @@ __device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int u
     scale_corrections(0);
   }
 #pragma unroll 1
-  for (int run = 0; run < runs; ++run, to += Rows::run_keys) {
+  for (int run = 0; run < runs; ++run, to += Rows::run_step) {
     float sums[Rows::pairs][4] = {};
 #pragma unroll 1
     for (int group = 0; group < used; ++group) {
@@ -343,10 +345,11 @@ constexpr int replay_blocks() {
   return 65536 / (32 * replay_max_warps * registers);
 }
 
-template <class State, int key_dim, int token_tile, bool common>
-__global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows<State, key_dim>, token_tile, common>())
+template <class State, int key_dim, bool value_last, int token_tile, bool common>
+__global__ void __launch_bounds__(32 * replay_max_warps,
+                                  replay_blocks<ReplayRows<State, key_dim, value_last>, token_tile, common>())
     replay_kernel(const __grid_constant__ ReplayParams<FastParams> p) {
-  using Rows = StateRows<State, key_dim>;
+  using Rows = ReplayRows<State, key_dim, value_last>;
   using Tokens = ReplayTokens<key_dim, token_tile>;
   using Notes = HeadNotes<Tokens, key_dim, token_tile>;
   using Mix = typename Notes::Mix;
@@ -361,8 +364,10 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   slots.fetch(p, !common && token_tile > 1 ? min(n, static_cast<unsigned>(p.rows) - 1) : n, static_cast<unsigned>(lane));
   const unsigned end_head = min(first_head + p.block_heads, static_cast<unsigned>(p.heads));
   const int block_rows = warps * static_cast<int>(p.span), block_begin = static_cast<int>(blockIdx.x) * block_rows;
-  const int span_begin = block_begin + warp * static_cast<int>(p.span);
-  const int span_end = min(span_begin + static_cast<int>(p.span), p.value_dim);
+  // K-last a warp has its value rows together. V-last those of all warps of a block lie side by side, unit by unit.
+  const int unit_step = value_last ? warps * Rows::rows : Rows::rows;
+  const int span_begin = block_begin + warp * (value_last ? Rows::rows : static_cast<int>(p.span));
+  const int span_end = min(value_last ? block_begin + block_rows : span_begin + static_cast<int>(p.span), p.value_dim);
   ReplayRow row{n, 0, static_cast<int>(p.tokens), -1, {}};
   const WindowParams& window = p.window;
   const int groups = (window.capacity + group_entries - 1) / group_entries;
@@ -381,8 +386,20 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
 
   extern __shared__ __align__(256) uint4 shared[];
   const int stage_bytes = Rows::bytes + groups * group_stage_bytes;
-  const std::uint32_t memory = shared_offset(shared) + static_cast<std::uint32_t>(warp * stages * stage_bytes);
-  const std::uint32_t notes_memory = shared_offset(shared) + static_cast<std::uint32_t>(warps * stages * stage_bytes);
+  const auto memory_of = [&](int warp) {
+    return shared_offset(shared) + static_cast<std::uint32_t>(warp * stages * stage_bytes + warp * Rows::gap_bytes);
+  };
+  const std::uint32_t memory = memory_of(warp);
+  int copied_warp = warp, copied_lane = lane;
+  Rows::share_copies(static_cast<int>(threadIdx.x), warps, copied_warp, copied_lane);
+  const std::uint32_t copied = memory_of(copied_warp);
+  const auto synchronise = [] {
+    if constexpr (value_last)
+      __syncthreads();
+    else
+      __syncwarp();
+  };
+  const std::uint32_t notes_memory = memory_of(warps);
   const std::uint32_t teams_memory = notes_memory + p.block_heads * p.head_bytes;
   const auto notes_of = [&](unsigned h) -> Notes {
     const unsigned own = h - first_head;
@@ -435,10 +452,10 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     const State* state;
   };
   const auto advance = [&](Position& at) {
-    at.first_value += Rows::rows;
-    at.state += Rows::rows * key_dim;
+    at.first_value += unit_step;
+    at.state += unit_step * Rows::row_step;
     if (at.first_value < span_end) return;
-    at.state += p.state_write.strides[1] - (at.first_value - span_begin) * key_dim;
+    at.state += p.state_write.strides[1] - (at.first_value - span_begin) * Rows::row_step;
     at.first_value = span_begin;
     ++at.h;
   };
@@ -451,8 +468,9 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
   if (good) {
     row.record.load(p, row.slot, lane);
     next.state = static_cast<const State*>(p.state_write.data) + offset_of(p.state_write, slot, first_head) +
-                 span_begin * key_dim + Rows::lane_offset(lane);
-    if (next.h < end_head) Rows(memory, lane).template fetch<streams>(next.state);
+                 (span_begin + (copied_warp - warp) * Rows::rows) * Rows::row_step +
+                 Rows::lane_offset(copied_lane, p.value_dim);
+    if (next.h < end_head) Rows(copied, copied_lane, p.value_dim).template fetch<streams>(next.state);
     if (has_tokens)
       prepare_tokens<token_tile, common>(p, count, path, tokens_head, own_tokens,
                                          is_first(static_cast<unsigned>(with_tokens), p.team), tokens, notes_of);
@@ -502,7 +520,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
       store_entry<token_tile>(p, row, tokens_head, own_tokens, tokens,
                               row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring), lane);
     if (next.h < end_head) {
-      Rows(memory + stage_bytes, lane).template fetch<streams>(next.state);
+      Rows(copied + stage_bytes, copied_lane, p.value_dim).template fetch<streams>(next.state);
       advance(next);
     }
     __pipeline_commit();
@@ -566,10 +584,10 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
     const std::uint16_t* const values = notes.values(groups) + (token_tile == 1 ? g : g * p.value_dim + 2 * c);
 
 #pragma unroll 1
-    for (int first_value = span_begin; first_value < span_end; first_value += Rows::rows) {
-      const Rows rows(memory + stage * stage_bytes, lane);
+    for (int first_value = span_begin; first_value < span_end; first_value += unit_step) {
+      const Rows rows(memory + stage * stage_bytes, lane, p.value_dim);
       __pipeline_wait_prior(stages - 1);
-      __syncwarp();
+      synchronise();
       constexpr int chains = token_tile < 8 ? 2 : 1;
       float products[chains][blocks][4] = {};
 #pragma unroll
@@ -644,13 +662,19 @@ __global__ void __launch_bounds__(32 * replay_max_warps, replay_blocks<StateRows
         }
       }
 
-      if (folds)
+      const Rows copy(copied + stage * stage_bytes, copied_lane, p.value_dim);
+      if (folds) {
+        State* const to = static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h);
         fold<overlaps>(rows, notes, used, load_corrections,
-                       static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) +
-                           (first_value * key_dim + Rows::vector_offset(lane)));
-      __syncwarp();
+                       to + (first_value * Rows::row_step + Rows::vector_offset(lane, p.value_dim)));
+        if constexpr (value_last) {
+          synchronise();
+          copy.write(to + (first_value + (copied_warp - warp) * Rows::rows + Rows::lane_offset(copied_lane, p.value_dim)));
+        }
+      }
+      synchronise();
       if (next.h < end_head) {
-        rows.template fetch<streams>(next.state);
+        copy.template fetch<streams>(next.state);
         fetch_corrections(stage, next);
         advance(next);
       }

@@ -15,22 +15,22 @@ class StateRows {
   static constexpr int rows = 16, keys = key_dim, steps = key_dim / 16, parts = bfloat_parts_of<State>;
   static constexpr bool narrow_state = sizeof(State) == 2;
   static constexpr int line_bytes = key_dim * static_cast<int>(sizeof(State)), bytes = rows * line_bytes;
+  static constexpr int gap_bytes = 0;  ///< behind what a warp has
 
   __device__ static int key_of(int m, int j, int c) { return 16 * m + (narrow_state ? 8 * j + 2 * c : 4 * c + 2 * j); }
 
   /// `memory`: the warp's, of `bytes`, aligned to a line.
-  __device__ StateRows(std::uint32_t memory, int lane) : memory_(memory), lane_(lane) {}
+  __device__ StateRows(std::uint32_t memory, int lane, int /*value_dim*/) : memory_(memory), lane_(lane) {}
 
+  static constexpr int row_step = key_dim;                      ///< from one value row to the next
+  __device__ static void share_copies(int, int, int&, int&) {}  // each warp makes its own
   /// Where the lane's first vector is, from the first row's first element on. With it, the copy of 16 rows starts.
-  __device__ static int lane_offset(int lane) { return lane / vectors * key_dim + lane % vectors * lanes_of<State>; }
+  __device__ static int lane_offset(int lane, int /*value_dim*/) {
+    return lane / vectors * key_dim + lane % vectors * lanes_of<State>;
+  }
   template <bool streams>
   __device__ void fetch(const State* from) const {
-    for_each_vector(from, [](char* to, const State* vector) {
-      if constexpr (streams)
-        copy_streaming(to, vector);
-      else
-        __pipeline_memcpy_async(to, vector, 16);
-    });
+    for_each_vector(from, [](char* to, const State* vector) { copy_vector<streams>(to, vector); });
   }
 
   /// Step m as a fragment, in parts that add up to it.
@@ -40,16 +40,7 @@ class StateRows {
       std::uint32_t words[4];
       load_matrices(words, at_shared(((memory_ + row * line_bytes + vector * 16) ^ (m % 4 * 32)) + m / 4 * 128));
 #pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        if constexpr (parts == 1) {
-          a[0][word] = words[word];
-        } else {
-          float low, high;
-          widen(words[word], low, high, State{});
-#pragma unroll
-          for (int part = 0; part < parts; ++part) a[part][word] = take_upper(low, high);
-        }
-      }
+      for (int word = 0; word < 4; ++word) split_pair<State>(words[word], [&](int part) -> Pair& { return a[part][word]; });
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -66,13 +57,13 @@ class StateRows {
   // On the way back a lane has a vector of the rows g and g + 8 in each run of `run_keys` keys, which are `pairs` products. As
   // a row of shared memory for these, keys are in the order of runs, pairs and lanes: where pair `pair` of the keys from
   // 8 (c + 4 i) is.
-  static constexpr int run_keys = 4 * lanes_of<State>, pairs = lanes_of<State> / 2;
+  static constexpr int run_keys = 4 * lanes_of<State>, pairs = lanes_of<State> / 2, run_step = run_keys;
   __device__ static int place_of_pair(int i, int pair, int c) {
     return 16 * i + (narrow_state ? 4 * pair + c : c / 2 * 8 + pair % 2 * 4 + c % 2 * 2 + pair / 2);
   }
   /// Of a run: decay times the state plus more, as products have it. `to`: the lane's vector of row g, which is vector_offset()
   /// from the first row's first key of the run.
-  __device__ static int vector_offset(int lane) { return lane / 4 * key_dim + lane % 4 * lanes_of<State>; }
+  __device__ static int vector_offset(int lane, int /*value_dim*/) { return lane / 4 * key_dim + lane % 4 * lanes_of<State>; }
   __device__ __forceinline__ void store_sum(State* to, int run, float decay, const float (&more)[pairs][4]) const {
     const int g = lane_ / 4, c = lane_ % 4;
 #pragma unroll

@@ -61,6 +61,28 @@ __device__ __forceinline__ void split_in(float x, float y, Part part) {
   part(parts - 1) = narrow(x, y, __nv_bfloat16{});
 }
 
+/// Two neighbours of 16 bits as sums of bfloat16 numbers, out(part) is where a part goes.
+template <class Element, class Out>
+__device__ __forceinline__ void split_pair(std::uint32_t word, Out out) {
+  if constexpr (bfloat_parts_of<Element> == 1) {
+    out(0) = word;
+  } else {
+    float low, high;
+    widen(word, low, high, Element{});
+#pragma unroll
+    for (int part = 0; part < bfloat_parts_of<Element>; ++part) out(part) = take_upper(low, high);
+  }
+}
+
+/// Starts the copy of 16 bytes into shared memory; `streams`: of what is used once.
+template <bool streams>
+__device__ __forceinline__ void copy_vector(void* to, const void* from) {
+  if constexpr (streams)
+    copy_streaming(to, from);
+  else
+    __pipeline_memcpy_async(to, from, 16);
+}
+
 template <class Element>
 __device__ void unpack(const std::uint32_t (&words)[4], float (&out)[lanes_of<Element>]) {
 #pragma unroll
