@@ -290,9 +290,7 @@ __device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int u
       widen(words[word], low, high, __nv_bfloat16{});
       const float2 decay = *reinterpret_cast<const float2*>(notes.decays(group) + word / 2 * 8 + 2 * c);
       low *= decay.x, high *= decay.y;
-#pragma unroll
-      for (int part = 0; part < parts - 1; ++part) a[part][word] = take_upper(low, high);
-      a[parts - 1][word] = narrow(low, high, __nv_bfloat16{});
+      split_in<parts>(low, high, [&](int part) -> Pair& { return a[part][word]; });
     }
   };
   const auto add_group = [&](float(&sums)[Rows::pairs][4], int run, int group) {

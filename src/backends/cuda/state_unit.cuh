@@ -88,8 +88,8 @@ class StateUnit {
   /// Pair j as a sum of bfloat16 numbers: out(part) is where a part goes.
   template <class Out>
   __device__ __forceinline__ static void split(const std::uint32_t (&words)[4], int j, Out out) {
-    if constexpr (bfloat_parts_of<State> == 1) {
-      out(0) = words[j];
+    if constexpr (pair_words == 1) {
+      split_pair<State>(words[j], out);
     } else {
       float low, high;
       values(words, j, low, high);
