@@ -138,7 +138,10 @@ TEST_CASE("the tables of launches are complete and ascend") {
                 CHECK(row->shape.heads <= row->shape.warps);
               }
               if (kernel == Kernel::chunks) {
+                // Two warps prepare a chunk, and four multiply together.
                 CHECK(row->shape.preparing < row->shape.warps);
+                CHECK(row->shape.preparing % 2 == 0);
+                CHECK((row->shape.warps - row->shape.preparing) % 4 == 0);
                 CHECK(row->shape.span == 16);
               }
               if (row != rows.begin) CHECK(row->states > row[-1].states);

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 // The instructions that CUDA C++ has no function for (PTX ISA: mma.sync.m16n8k16 and m16n8k8, movmatrix, ldmatrix, stmatrix,
-// mul.wide).
+// mul.wide, wgmma, fence.proxy).
 namespace gatedelta::cuda {
 
 /// Two bfloat16 values, the first in the lower half.
@@ -75,6 +75,50 @@ __device__ inline void store_transposed(void* row, const std::uint32_t (&in)[4])
                :
                : "r"(shared_offset(row)), "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
                : "memory");
+}
+
+// Products by four warps together (wgmma), which only SM90 has: of 64 rows, 16 a warp, with a matrix in shared memory. They are
+// asynchronous: what goes in and comes out is not to be touched between begin_products() and the wait for them.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool has_group_products = true;
+#else
+constexpr bool has_group_products = false;
+#endif
+using SharedMatrix = std::uint64_t;
+/// Lines of 128 bytes one after the other, swizzled, in eights from multiples of 1,024 bytes.
+__device__ inline SharedMatrix shared_matrix(std::uint32_t address) {
+  return (address & 0x3ffffu) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+/// What was written to shared memory is there for products.
+__device__ inline void show_to_products() {
+  if constexpr (has_group_products) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+/// What is in registers is there for products, which may have been using them.
+__device__ inline void begin_products() {
+  if constexpr (has_group_products) asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ inline void end_products() {
+  if constexpr (has_group_products) asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/// Until all but the last so many groups of them are done.
+template <int pending>
+__device__ void wait_for_products() {
+  if constexpr (has_group_products) asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+/// d += a b for 64 columns b of 16 elements: lines that begin with these, or, `transposed`, elements of 16 lines.
+template <bool transposed>
+__device__ void multiply_in_group(float (&d)[2][4][4], const Pair (&a)[4], SharedMatrix b) {
+  if constexpr (has_group_products)
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
+        "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, %37;"
+        : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]),
+          "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]),
+          "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[1][0][0]), "+f"(d[1][0][1]),
+          "+f"(d[1][0][2]), "+f"(d[1][0][3]), "+f"(d[1][1][0]), "+f"(d[1][1][1]), "+f"(d[1][1][2]), "+f"(d[1][1][3]),
+          "+f"(d[1][2][0]), "+f"(d[1][2][1]), "+f"(d[1][2][2]), "+f"(d[1][2][3]), "+f"(d[1][3][0]), "+f"(d[1][3][1]),
+          "+f"(d[1][3][2]), "+f"(d[1][3][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(transposed ? 1 : 0));
 }
 
 /// 16 bytes of shared memory, also where the compiler knows that it has them in registers already.

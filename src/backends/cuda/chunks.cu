@@ -12,7 +12,7 @@ FastKernel describe() {
   using Form = ChunkForm<State, key_dim, value_last, Input>;
   void (*const function)(FastParams) = chunks_kernel<State, key_dim, value_last, Input>;
   FastKernel kernel{reinterpret_cast<const void*>(function), Form::Tile::warp_rows};
-  kernel.chunk_bytes = Form::Tokens::shared_bytes, kernel.chunk_value_bytes = Form::Values::bytes;
+  kernel.chunk_bytes = Form::Tokens::shared_bytes, kernel.chunk_value_bytes = chunk_members * Form::Values::bytes;
   return kernel;
 }
 

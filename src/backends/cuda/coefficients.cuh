@@ -76,7 +76,7 @@ __device__ void forget_all(Pair (&words)[blocks][runs][pairs]) {
 class SharedNumbers {
  public:
   __device__ SharedNumbers(void* memory, int lane, bool gives)
-      : next_(static_cast<std::uint32_t*>(memory) + lane), gives_(gives) {}
+      : next_(static_cast<std::uint32_t*>(memory) + lane), vectors_(static_cast<uint4*>(memory) + lane), gives_(gives) {}
   __device__ void pass(std::uint32_t& x) {
     if (gives_)
       *next_ = x;
@@ -89,9 +89,27 @@ class SharedNumbers {
     pass(bits);
     x = __uint_as_float(bits);
   }
+  /// All there are; `by_four`: that many at a time, where there are registers for it.
+  template <bool by_four, int count>
+  __device__ __forceinline__ void pass_all(Pair (&words)[count]) {
+    static_assert(count % 4 == 0);
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+      if constexpr (!by_four) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) pass(words[i + j]);
+      } else if (uint4& vector = vectors_[i / 4 * 32]; gives_) {
+        vector = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+      } else {
+        const uint4 four = vector;
+        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+      }
+    }
+  }
 
  private:
   std::uint32_t* next_;
+  uint4* const vectors_;
   const bool gives_;
 };
 
@@ -320,9 +338,9 @@ class TokenColumns {
 };
 
 /// R, and the outputs that there were without corrections, of 16 value rows: from the products of the state with all columns,
-/// as the sum of `chains`, and from v.
-template <class Tokens, class Raw, int chains, int groups>
-__device__ __forceinline__ void apply_factors(const Tokens& tokens, const float (&products)[chains][Tokens::blocks][4],
+/// and from v.
+template <class Tokens, class Raw, int groups>
+__device__ __forceinline__ void apply_factors(const Tokens& tokens, const float (&products)[Tokens::blocks][4],
                                               const Raw (&v)[groups][2], float (&in)[groups][2][2], float (&out)[groups][4]) {
 #pragma unroll
   for (int group = 0; group < groups; ++group)
@@ -333,16 +351,26 @@ __device__ __forceinline__ void apply_factors(const Tokens& tokens, const float 
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         constexpr int queries = Tokens::blocks - groups;
-        float recalled = products[0][group][2 * half + e], read_out = products[0][queries + group][2 * half + e];
-#pragma unroll
-        for (int chain = 1; chain < chains; ++chain) {
-          recalled += products[chain][group][2 * half + e];
-          read_out += products[chain][queries + group][2 * half + e];
-        }
-        in[group][half][e] = tokens.key_factor[group][e] * recalled + tokens.value_factor[group][e] * v_values[e];
-        out[group][2 * half + e] = tokens.query_factor[group][e] * read_out;
+        in[group][half][e] =
+            tokens.key_factor[group][e] * products[group][2 * half + e] + tokens.value_factor[group][e] * v_values[e];
+        out[group][2 * half + e] = tokens.query_factor[group][e] * products[queries + group][2 * half + e];
       }
     }
+}
+/// The same with the products as the sum of `chains`.
+template <class Tokens, class Raw, int chains, int groups>
+__device__ __forceinline__ void apply_factors(const Tokens& tokens, const float (&products)[chains][Tokens::blocks][4],
+                                              const Raw (&v)[groups][2], float (&in)[groups][2][2], float (&out)[groups][4]) {
+  float sums[Tokens::blocks][4];
+#pragma unroll
+  for (int block = 0; block < Tokens::blocks; ++block)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      sums[block][e] = products[0][block][e];
+#pragma unroll
+      for (int chain = 1; chain < chains; ++chain) sums[block][e] += products[chain][block][e];
+    }
+  apply_factors(tokens, sums, v, in, out);
 }
 
 /// The corrections as fragments, with what has become of each in the state after token t.

@@ -120,7 +120,8 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
   if (plan.kernel == Kernel::chunks) {
     p.preparing = static_cast<std::uint8_t>(plan.shape.preparing);
     const int row_warps = plan.shape.warps - plan.shape.preparing;
-    const int room = plan.shape.preparing > 0 ? 2 * plan.shape.preparing : row_warps;
+    // A chunk is prepared by two warps; those of which some warps do nothing else have room for two groups of them.
+    const int room = plan.shape.preparing > 0 ? plan.shape.preparing : row_warps / 2;
     const std::size_t bytes = kernel.chunk_bytes + static_cast<std::size_t>(row_warps) * kernel.chunk_value_bytes;
     return launch_fast(kernel, plan.shape, 0, static_cast<std::size_t>(room) * bytes, p, rows, stream);
   }

@@ -137,8 +137,9 @@ bool fits_recurrent(const ForwardParams& p, bool value_last, bool serving) {
 
 bool has_kernel(const Plan& plan, const Shape& shape, DType state, Stores stores) {
   if (plan.kernel == Kernel::chunks)
-    return shape.preparing >= 0 && shape.preparing <= 4 && shape.warps > shape.preparing &&
-           shape.warps <= chunks_max_warps(plan.inputs == DType::bf16) && shape.span == 16;
+    return shape.preparing >= 0 && shape.preparing <= 8 && shape.preparing % 2 == 0 && shape.warps > shape.preparing &&
+           (shape.warps - shape.preparing) % 4 == 0 && shape.warps <= chunks_max_warps(plan.inputs == DType::bf16) &&
+           shape.span == 16;
   if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4)) return false;
   if (shape.span < 1 || shape.span > 1024) return false;
   if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;

@@ -152,18 +152,20 @@ class ValueVectors {
   template <class IsOwn = AllTiles>
   __device__ void fetch(char* memory, int first_value, int span_end, IsOwn is_own = {}) const {
     if (!has_token()) return;
-    const auto* const v = static_cast<const std::uint16_t*>(p_.v.data) + offset_of(p_.v, n_, token(), head_of(h_, p_.v_group)) +
-                          first_value + 8 * piece();
+    const std::uint16_t* const v = values_from(first_value);
 #pragma unroll
     for (int m = 0; m < Unit::tiles; ++m)
-      if (const int value = m * Unit::tile_rows; first_value + value < span_end && is_own(m)) {
-        if constexpr (pairwise) {
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair) __pipeline_memcpy_async(word(memory, m, pair), v + value + 2 * pair, 4);
-        } else {
-          __pipeline_memcpy_async(vector(memory, m), v + value, 16);
-        }
-      }
+      if (const int value = m * Unit::tile_rows; first_value + value < span_end && is_own(m)) copy(memory, m, v + value);
+  }
+  /// Of units that follow each other, as far as there are values: memory_of(i) is that of unit i.
+  template <class MemoryOf>
+  __device__ void fetch_units(int units, const MemoryOf& memory_of, int first_value, int end) const {
+    static_assert(Unit::tiles == 1);
+    if (!has_token()) return;
+    const std::uint16_t* v = values_from(first_value);
+#pragma unroll 1
+    for (int unit = 0; unit < units && first_value < end; ++unit, first_value += Unit::tile_rows, v += Unit::tile_rows)
+      copy(memory_of(unit), 0, v);
   }
   __device__ void load(Pair (&out)[groups][halves], char* memory, int m) const {
     std::uint32_t words[4];
@@ -178,6 +180,11 @@ class ValueVectors {
       }
   }
   __device__ void store(const float (&out)[groups][4], char* memory, int m, int first_value) const {
+    put(out, memory, m);
+    store_put(memory, m, first_value);
+  }
+  /// The same in two steps: into shared memory, and on.
+  __device__ void put(const float (&out)[groups][4], char* memory, int m) const {
     std::uint32_t words[4];
 #pragma unroll
     for (int group = 0; group < groups; ++group)
@@ -186,6 +193,8 @@ class ValueVectors {
         words[2 * group + half] = narrow(out[group][2 * half], out[group][2 * half + 1], Element{});
     __syncwarp();
     store_transposed(matrix_row(memory, m), words);
+  }
+  __device__ void store_put(char* memory, int m, int first_value) const {
     __syncwarp();
     if (!has_token()) return;
     if constexpr (pairwise)
@@ -201,6 +210,18 @@ class ValueVectors {
  private:
   static_assert(Unit::tile_rows == 16);
 
+  __device__ const std::uint16_t* values_from(int first_value) const {
+    return static_cast<const std::uint16_t*>(p_.v.data) + offset_of(p_.v, n_, token(), head_of(h_, p_.v_group)) + first_value +
+           8 * piece();
+  }
+  __device__ void copy(char* memory, int m, const std::uint16_t* from) const {
+    if constexpr (pairwise) {
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) __pipeline_memcpy_async(word(memory, m, pair), from + 2 * pair, 4);
+    } else {
+      __pipeline_memcpy_async(vector(memory, m), from, 16);
+    }
+  }
   __device__ int row() const { return lane_ / 2; }
   __device__ unsigned token() const { return first_ + static_cast<unsigned>(row()); }
   __device__ int piece() const { return lane_ % 2; }

@@ -6,8 +6,9 @@
 namespace gatedelta::cuda {
 
 /// TokenColumns of 16 tokens: two groups of 8 columns for keys, and two for queries. Keys and queries are in the block's shared
-/// memory, each warp fetches some of them for all. Those in float16 are there as sums of two bfloat16 numbers.
-template <class Input, int key_dim, int width>
+/// memory, each warp fetches some of them for all. Those in float16 are there as sums of two bfloat16 numbers. Where the memory
+/// is that of several `members`, the tokens of one follow those of the one before.
+template <class Input, int key_dim, int width, int members = 1>
 class WideColumns {
   static_assert(sizeof(Input) == 2);
 
@@ -19,7 +20,8 @@ class WideColumns {
 
   float key_factor[groups][2], value_factor[groups][2], query_factor[groups][2];
 
-  __device__ explicit WideColumns(void* memory) : memory_(shared_address(memory, numbers_bytes)) {}
+  __device__ explicit WideColumns(void* memory, int member = 0)
+      : memory_(shared_address(memory, numbers_bytes + static_cast<std::uint32_t>(at(0, 0, 8 * blocks * member)))) {}
 
   __device__ void fetch(const FastParams& p, unsigned n, unsigned h, int count, int g, int c) {
 #pragma unroll
@@ -40,23 +42,24 @@ class WideColumns {
     __syncthreads();
   }
 
-  /// Both, by one warp, which has the memory for itself.
-  __device__ void load(const FastParams& p, unsigned n, unsigned h, unsigned first, int count, int g, int c) {
+  /// All columns by one warp: put_all() comes after.
+  __device__ void fetch_all(const FastParams& p, unsigned n, unsigned h, unsigned first, int count, int g, int c) {
 #pragma unroll
     for (int block = 0; block < blocks; ++block) {
       const int token = 8 * (block % groups) + g;
-      Pair words[runs][pairs];
-      fetch_column<width>(words, p, block >= groups, token < count, n, first + static_cast<unsigned>(token), h, c);
-      put(words, block, g, c);
+      fetch_column<width>(words_[block], p, block >= groups, token < count, n, first + static_cast<unsigned>(token), h, c);
     }
+  }
+  __device__ void put_all(int g, int c) {
+#pragma unroll
+    for (int block = 0; block < blocks; ++block) put(words_[block], block, g, c);
     __syncwarp();
   }
 
   /// As fragments of a matrix product: of column g of a block, four of its pairs from this one.
   __device__ void load_pairs(Pair (&out)[4], int block, int first, int part = 0) const {
     const int lane = own_lane(), row = lane % 8;
-    load_matrices(out, memory_ + row * row_bytes + (((lane / 8) ^ row) ^ first % 8) * 16 +
-                           (part * blocks + block) * (8 * row_bytes) + first / 8 * 128);
+    load_matrices(out, memory_ + at(part, first / 8, 8 * block) + row * line_bytes + (((lane / 8) ^ row) ^ first % 8) * 16);
   }
 
   // Of matrices whose rows are tokens, a lane has rows g and g + 8 ("halves"), and of each group of columns 2c and 2c + 1.
@@ -186,21 +189,30 @@ class WideColumns {
   }
 
   __device__ void pass(SharedNumbers numbers) {
+    Pair words[number_bytes / 128] = {};
+    const auto for_each = [&](auto function) {
+      int next = 0;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
+      for (int e = 0; e < 2; ++e) {
 #pragma unroll
-      for (int group = 0; group < groups; ++group)
-        numbers.pass(key_factor[group][e]), numbers.pass(value_factor[group][e]), numbers.pass(query_factor[group][e]);
-      numbers.pass(prefix_[e]);
+        for (int group = 0; group < groups; ++group) {
+          function(key_factor[group][e], words[next++]);
+          function(value_factor[group][e], words[next++]);
+          function(query_factor[group][e], words[next++]);
+        }
+        function(prefix_[e], words[next++]);
 #pragma unroll
-      for (auto& decays : decays_) numbers.pass(decays[e]);
-    }
+        for (auto& decays : decays_) function(decays[e], words[next++]);
+      }
+    };
+    constexpr int floats = 2 * (3 * groups + 4);
+    for_each([](float x, Pair& word) { word = __float_as_uint(x); });
 #pragma unroll
-    for (auto& solution : solutions_)
+    for (int i = 0; i < 6 * parts; ++i) words[floats + i] = solutions_[i / (3 * parts)][i / parts % 3][i % parts];
+    numbers.pass_all<(members > 1)>(words);
+    for_each([](float& x, Pair word) { x = __uint_as_float(word); });
 #pragma unroll
-      for (auto& place : solution)
-#pragma unroll
-        for (Pair& part : place) numbers.pass(part);
+    for (int i = 0; i < 6 * parts; ++i) solutions_[i / (3 * parts)][i / parts % 3][i % parts] = words[floats + i];
   }
 
   /// From R (rows g and g + 8 of 16) to the corrections U; adds to the outputs.
@@ -226,6 +238,83 @@ class WideColumns {
 
   __device__ void forget() {}
 
+  /// As operands of products of a group of warps, of memory at this offset: all columns' pairs of a step, which is two of them
+  /// in the order of i and j; and the keys of a member's tokens, transposed, of a line.
+  __device__ static SharedMatrix matrices(std::uint32_t offset) { return shared_matrix(offset + numbers_bytes); }
+  __device__ static SharedMatrix columns(SharedMatrix matrices, int step, int part) {
+    return matrices + (at(part, step / 4, 0) + step % 4 * 32) / 16;
+  }
+  __device__ static SharedMatrix keys(SharedMatrix matrices, int member, int line, int part) {
+    return matrices + at(part, line, 8 * blocks * member) / 16;
+  }
+
+  /// The products of all columns with the keys of the 16 tokens before (from token `first` on), in parts: into shared memory,
+  /// for add_before(). By the warp that has the columns.
+  __device__ void prepare_before(const FastParams& p, unsigned n, unsigned h, unsigned first, int g, int c, void* to) const {
+    Pair keys[groups][runs][pairs];
+#pragma unroll
+    for (int group = 0; group < groups; ++group)
+      fetch_column<width>(keys[group], p, false, true, n, first + static_cast<unsigned>(8 * group + g), h, c);
+    float products[2][groups][4] = {};
+#pragma unroll
+    for (int at = 0; at < runs * pairs; at += 4) {
+      Pair rows[key_parts][blocks][4];
+#pragma unroll
+      for (int part = 0; part < key_parts; ++part)
+#pragma unroll
+        for (int block = 0; block < blocks; ++block) load_pairs(rows[part][block], block, at, part);
+#pragma unroll
+      for (int group = 0; group < groups; ++group) {
+        Pair columns[key_parts][4];
+        copy_pairs(columns[0], keys[group], at);
+        if constexpr (key_parts > 1)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) split_pair<Input>(columns[0][j], [&](int part) -> Pair& { return columns[part][j]; });
+#pragma unroll
+        for (int part = 0; part < key_parts; ++part)
+#pragma unroll
+          for (int other = 0; other < key_parts; ++other)
+#pragma unroll
+            for (int which = 0; which < 2; ++which)
+#pragma unroll
+              for (int j = 0; j < 4; j += 2)
+                multiply_add(products[which][group], rows[part][2 * which][j], rows[part][2 * which + 1][j],
+                             rows[part][2 * which][j + 1], rows[part][2 * which + 1][j + 1], columns[other][j],
+                             columns[other][j + 1]);
+      }
+    }
+    auto* const vectors = static_cast<uint4*>(to) + own_lane();
+#pragma unroll
+    for (int block = 0; block < blocks; ++block) {
+      Pair words[2 * parts];
+#pragma unroll
+      for (int group = 0; group < groups; ++group)
+        split_in<parts>(products[block / 2][group][block % 2 * 2], products[block / 2][group][block % 2 * 2 + 1],
+                        [&](int part) -> Pair& { return words[2 * part + group]; });
+      vectors[block * 48] = make_uint4(words[0], words[1], words[2], words[3]);
+      reinterpret_cast<uint2*>(static_cast<uint4*>(to) + block * 48 + 32)[own_lane()] = make_uint2(words[4], words[5]);
+    }
+  }
+  /// products = decay products + U k^T [k q], where U k^T is what the 16 tokens before have added to the state, U as fragments.
+  __device__ __forceinline__ static void add_before(const void* from, const Pair (&u)[parts][4], float decay,
+                                                    float (&products)[blocks][4]) {
+    const auto* const vectors = static_cast<const uint4*>(from) + own_lane();
+#pragma unroll
+    for (int block = 0; block < blocks; ++block) {
+      const uint4 first = vectors[block * 48];
+      const uint2 last = reinterpret_cast<const uint2*>(static_cast<const uint4*>(from) + block * 48 + 32)[own_lane()];
+      const Pair columns[parts][2] = {{first.x, first.y}, {first.z, first.w}, {last.x, last.y}};
+      float d[4] = {};
+#pragma unroll
+      for (int part = parts - 1; part >= 0; --part)
+#pragma unroll
+        for (int other = parts - 1 - part; other >= 0; --other)
+          multiply_add(d, u[part][0], u[part][1], u[part][2], u[part][3], columns[other][0], columns[other][1]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) products[block][e] = decay * products[block][e] + d[e];
+    }
+  }
+
   __device__ float decay_to(int t) const { return shuffle(t < 8 ? prefix_[0] : prefix_[1], 4 * (t % 8)); }
   __device__ void factors_to(int t, int c, float (&out)[groups][2]) const {
     const int from = 4 * (t % 8) + c;
@@ -245,8 +334,8 @@ class WideColumns {
     Pair columns[key_parts][4];
 #pragma unroll
     for (int part = 0; part < key_parts; ++part)
-      load_transposed(columns[part], memory_ + (part * (8 * blocks) + lane / 8 % 2 * 8 + row) * row_bytes +
-                                         ((lane / 16 ^ row) ^ first % 8) * 16 + first / 8 * 128);
+      load_transposed(columns[part], memory_ + at(part, first / 8, 0) + (lane / 8 % 2 * 8 + row) * line_bytes +
+                                         ((lane / 16 ^ row) ^ first % 8) * 16);
 #pragma unroll
     for (int part = parts - 1; part >= 0; --part)
 #pragma unroll
@@ -259,13 +348,20 @@ class WideColumns {
   }
 
  private:
-  // A row of shared memory has the pairs of a token in the order of i, j and c, in vectors of four. Those of one i and j of 8
-  // tokens are a matrix; so that they are in different banks, vector v of a row r is at v ^ (r % 8).
-  static constexpr int row_bytes = 2 * key_dim;
-  static constexpr int numbers_bytes = 128 * (12 + 2 + 6 + 6 * parts);
+  // Rows of shared memory have the pairs of a token in the order of i, j and c, in vectors of four, of which eight are a line;
+  // the lines of all tokens follow each other. Those of one i and j of 8 tokens are a matrix; so that they are in different
+  // banks, vector v of a line r is at v ^ (r % 8). That is what wgmma knows as a swizzle of 128 bytes, which counts from
+  // multiples of 1,024.
+  static constexpr int line_bytes = 128, lines = key_dim / 64;
+  static constexpr int number_bytes = 128 * ((12 + 2 + 6 + 6 * parts + 3) / 4 * 4),
+                       before_bytes = members > 1 ? 128 * 2 * blocks *parts : 0;
+  static constexpr int numbers_bytes = (members * (number_bytes + before_bytes) + 1023) / 1024 * 1024;
+  __device__ static constexpr int at(int part, int line, int row) {
+    return ((part * lines + line) * (8 * blocks * members) + row) * line_bytes;
+  }
 
   __device__ void put(const Pair (&words)[runs][pairs], int block, int g, int c) const {
-    char* const row = memory_ + (8 * block + g) * row_bytes + 4 * c;
+    char* const row = memory_ + at(0, 0, 8 * block + g) + 4 * c;
 #pragma unroll
     for (int i = 0; i < runs; ++i)
 #pragma unroll
@@ -278,7 +374,7 @@ class WideColumns {
         }
 #pragma unroll
         for (int part = 0; part < key_parts; ++part)
-          *reinterpret_cast<Pair*>(row + part * (8 * blocks * row_bytes) + ((i * pairs + j) ^ g) * 16) = split[part];
+          *reinterpret_cast<Pair*>(row + at(part, (i * pairs + j) / 8, 0) + ((i * pairs + j) % 8 ^ g) * 16) = split[part];
       }
   }
 
@@ -295,7 +391,10 @@ class WideColumns {
   float prefix_[2];              ///< exp(G_t)
 
  public:
-  static constexpr std::size_t shared_bytes = numbers_bytes + key_parts * blocks * 8 * row_bytes;
+  static constexpr std::size_t shared_bytes = numbers_bytes + at(key_parts, 0, 0);
+  /// In the memory of all members: a member's numbers, and what prepare_before() has found out.
+  __device__ static char* numbers_at(char* memory, int member) { return memory + member * (number_bytes + before_bytes); }
+  __device__ static char* before_at(char* memory, int member) { return numbers_at(memory, member) + number_bytes; }
 };
 
 }  // namespace gatedelta::cuda

@@ -91,6 +91,41 @@ inline void store_transposed(void* row, const std::uint32_t (&in)[4]) {
     }
 }
 
+// Products by four warps together: here each warp for itself, and at once.
+constexpr bool has_group_products = GATEDELTA_GROUP_PRODUCTS;
+using SharedMatrix = std::uint64_t;
+inline std::uint32_t shared_offset(const void* shared) {
+  return static_cast<std::uint32_t>(static_cast<const char*>(shared) - static_cast<const char*>(emulation::shared_memory()));
+}
+inline char* at_shared(std::uint32_t offset) { return static_cast<char*>(emulation::shared_memory()) + offset; }
+inline SharedMatrix shared_matrix(std::uint32_t address) { return address / 16; }
+inline void show_to_products() {}
+inline void begin_products() {}
+inline void end_products() {}
+template <int>
+void wait_for_products() {}
+template <bool transposed>
+void multiply_in_group(float (&d)[2][4][4], const Pair (&a)[4], SharedMatrix b) {
+  const int g = emulation::own_lane() / 4, c = emulation::own_lane() % 4;
+  // Element `element` of line `line`, where the swizzle has put it: it counts from the address, not from b.
+  const auto pair_at = [&](int line, int element) {
+    const auto address = static_cast<std::uint32_t>(16 * b) + static_cast<std::uint32_t>(128 * line + 2 * element);
+    std::uint16_t out;
+    std::memcpy(&out, at_shared(address ^ (address / 128 % 8 * 16)), sizeof out);
+    return std::uint32_t{out};
+  };
+  for (int tile = 0; tile < 8; ++tile) {
+    Pair words[2];
+    for (int half = 0; half < 2; ++half) {
+      const int column = 8 * tile + g, k = 8 * half + 2 * c;
+      words[half] =
+          transposed ? pair_at(k, column) | pair_at(k + 1, column) << 16 : pair_at(column, k) | pair_at(column, k + 1) << 16;
+    }
+    multiply_add(d[tile / 4][tile % 4], a[0], a[1], a[2], a[3], words[0], words[1]);
+  }
+  emulation::warp_barrier();
+}
+
 inline void load_again(std::uint32_t (&out)[4], const void* from) { std::memcpy(out, from, sizeof out); }
 inline void store_vector(void* to, uint4 vector, bool) { std::memcpy(to, &vector, sizeof vector); }
 inline void copy_streaming(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
@@ -102,10 +137,6 @@ void load_if(bool wanted, Word& x, const T* from) {
 template <class T>
 void forget(T&) {}
 
-inline std::uint32_t shared_offset(const void* shared) {
-  return static_cast<std::uint32_t>(static_cast<const char*>(shared) - static_cast<const char*>(emulation::shared_memory()));
-}
-inline char* at_shared(std::uint32_t offset) { return static_cast<char*>(emulation::shared_memory()) + offset; }
 inline char* shared_address(void* shared, std::uint32_t offset) { return at_shared(shared_offset(shared) + offset); }
 
 inline std::int64_t multiply_wide(std::int32_t a, std::int32_t b) { return std::int64_t{a} * b; }
