@@ -89,16 +89,13 @@ class SharedNumbers {
     pass(bits);
     x = __uint_as_float(bits);
   }
-  /// All there are; `by_four`: that many at a time, where there are registers for it.
-  template <bool by_four, int count>
-  __device__ __forceinline__ void pass_all(Pair (&words)[count]) {
+  /// All there are, four at a time.
+  template <int count>
+  __device__ __forceinline__ void pass_all(Pair (&words)[count]) const {
     static_assert(count % 4 == 0);
 #pragma unroll
     for (int i = 0; i < count; i += 4) {
-      if constexpr (!by_four) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) pass(words[i + j]);
-      } else if (uint4& vector = vectors_[i / 4 * 32]; gives_) {
+      if (uint4& vector = vectors_[i / 4 * 32]; gives_) {
         vector = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
       } else {
         const uint4 four = vector;

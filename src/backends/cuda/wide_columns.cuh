@@ -189,30 +189,17 @@ class WideColumns {
   }
 
   __device__ void pass(SharedNumbers numbers) {
-    Pair words[number_bytes / 128] = {};
-    const auto for_each = [&](auto function) {
+    if constexpr (members == 1) {
+      for_each_number([&](auto& x) { numbers.pass(x); });
+    } else {
+      // Where there are registers for it, four at a time.
+      Pair words[number_bytes / 128] = {};
       int next = 0;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-#pragma unroll
-        for (int group = 0; group < groups; ++group) {
-          function(key_factor[group][e], words[next++]);
-          function(value_factor[group][e], words[next++]);
-          function(query_factor[group][e], words[next++]);
-        }
-        function(prefix_[e], words[next++]);
-#pragma unroll
-        for (auto& decays : decays_) function(decays[e], words[next++]);
-      }
-    };
-    constexpr int floats = 2 * (3 * groups + 4);
-    for_each([](float x, Pair& word) { word = __float_as_uint(x); });
-#pragma unroll
-    for (int i = 0; i < 6 * parts; ++i) words[floats + i] = solutions_[i / (3 * parts)][i / parts % 3][i % parts];
-    numbers.pass_all<(members > 1)>(words);
-    for_each([](float& x, Pair word) { x = __uint_as_float(word); });
-#pragma unroll
-    for (int i = 0; i < 6 * parts; ++i) solutions_[i / (3 * parts)][i / parts % 3][i % parts] = words[floats + i];
+      for_each_number([&](auto& x) { memcpy(&words[next++], &x, sizeof x); });
+      numbers.pass_all(words);
+      next = 0;
+      for_each_number([&](auto& x) { memcpy(&x, &words[next++], sizeof x); });
+    }
   }
 
   /// From R (rows g and g + 8 of 16) to the corrections U; adds to the outputs.
@@ -376,6 +363,26 @@ class WideColumns {
         for (int part = 0; part < key_parts; ++part)
           *reinterpret_cast<Pair*>(row + at(part, (i * pairs + j) / 8, 0) + ((i * pairs + j) % 8 ^ g) * 16) = split[part];
       }
+  }
+
+  /// Of what prepare() has found out.
+  template <class Function>
+  __device__ __forceinline__ void for_each_number(const Function& function) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int group = 0; group < groups; ++group)
+        function(key_factor[group][e]), function(value_factor[group][e]), function(query_factor[group][e]);
+      function(prefix_[e]);
+#pragma unroll
+      for (auto& decays : decays_) function(decays[e]);
+    }
+#pragma unroll
+    for (auto& solution : solutions_)
+#pragma unroll
+      for (auto& place : solution)
+#pragma unroll
+        for (Pair& part : place) function(part);
   }
 
   __device__ static int own_lane() { return static_cast<int>(threadIdx.x % 32); }
