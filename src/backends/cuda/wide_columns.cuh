@@ -59,7 +59,7 @@ class WideColumns {
   /// As fragments of a matrix product: of column g of a block, four of its pairs from this one.
   __device__ void load_pairs(Pair (&out)[4], int block, int first, int part = 0) const {
     const int lane = own_lane(), row = lane % 8;
-    load_matrices(out, memory_ + at(part, first / 8, 8 * block) + row * line_bytes + (((lane / 8) ^ row) ^ first % 8) * 16);
+    load_matrices(out, memory_ + at(part, first / 8, 8 * block) + row * row_pitch + (((lane / 8) ^ row) ^ first % 8) * 16);
   }
 
   // Of matrices whose rows are tokens, a lane has rows g and g + 8 ("halves"), and of each group of columns 2c and 2c + 1.
@@ -321,7 +321,7 @@ class WideColumns {
     Pair columns[key_parts][4];
 #pragma unroll
     for (int part = 0; part < key_parts; ++part)
-      load_transposed(columns[part], memory_ + at(part, first / 8, 0) + (lane / 8 % 2 * 8 + row) * line_bytes +
+      load_transposed(columns[part], memory_ + at(part, first / 8, 0) + (lane / 8 % 2 * 8 + row) * row_pitch +
                                          ((lane / 16 ^ row) ^ first % 8) * 16);
 #pragma unroll
     for (int part = parts - 1; part >= 0; --part)
@@ -335,16 +335,20 @@ class WideColumns {
   }
 
  private:
-  // Rows of shared memory have the pairs of a token in the order of i, j and c, in vectors of four, of which eight are a line;
-  // the lines of all tokens follow each other. Those of one i and j of 8 tokens are a matrix; so that they are in different
-  // banks, vector v of a line r is at v ^ (r % 8). That is what wgmma knows as a swizzle of 128 bytes, which counts from
-  // multiples of 1,024.
-  static constexpr int line_bytes = 128, lines = key_dim / 64;
-  static constexpr int number_bytes = 128 * ((12 + 2 + 6 + 6 * parts + 3) / 4 * 4),
-                       before_bytes = members > 1 ? 128 * 2 * blocks *parts : 0;
-  static constexpr int numbers_bytes = (members * (number_bytes + before_bytes) + 1023) / 1024 * 1024;
+  // Rows of shared memory have the pairs of a token in the order of i, j and c, in vectors of four, of which eight are a line.
+  // Those of one i and j of 8 tokens are a matrix; so that they are in different banks, vector v of a line of token r is at
+  // v ^ (r % 8). That is what wgmma knows as a swizzle of 128 bytes, which counts from multiples of 1,024, if lines of
+  // different tokens follow each other: as they do where there are several members.
+  static constexpr int line_bytes = 128, lines = key_dim / 64, rows = 8 * blocks * members;
+  static constexpr int row_pitch = members == 1 ? line_bytes * lines : line_bytes;
+  static constexpr int line_pitch = members == 1 ? line_bytes : line_bytes * rows;
+  static constexpr int numbers = 12 + 2 + 6 + 6 * parts;
+  static constexpr int number_bytes = 128 * (members == 1 ? numbers : (numbers + 3) / 4 * 4);
+  static constexpr int before_bytes = members == 1 ? 0 : 128 * 2 * blocks * parts;
+  static constexpr int numbers_bytes =
+      members == 1 ? number_bytes : (members * (number_bytes + before_bytes) + 1023) / 1024 * 1024;
   __device__ static constexpr int at(int part, int line, int row) {
-    return ((part * lines + line) * (8 * blocks * members) + row) * line_bytes;
+    return part * (line_bytes * lines * rows) + line * line_pitch + row * row_pitch;
   }
 
   __device__ void put(const Pair (&words)[runs][pairs], int block, int g, int c) const {
