@@ -212,11 +212,11 @@ __global__ void __launch_bounds__(32 * chunks_max_warps(bfloat_parts_of<Input> =
   const int count = of_warp(static_cast<int>(row.tokens)), chunks = (count + chunk_tokens - 1) / chunk_tokens;
   const auto final_slot = static_cast<std::int32_t>(row.final_slot);
   const auto batch = static_cast<unsigned>(row.batch), first_token = static_cast<unsigned>(row.first_token);
-  // Warps with value rows come first, in groups of four of which all take part in products if one has any.
   // Which of all prepare where there are few chunks differs from block to block: the same warps share a part of a
   // multiprocessor.
   const int turn = static_cast<int>((blockIdx.z * static_cast<unsigned>(p.heads) + h) / 64 % 2) * 2;
   const int preparing_warp = preparing > 0 ? warp - row_warps : warp ^ turn;
+  // Warps with value rows come first, in groups of four of which all take part in products if one has any.
   const auto has_values = [&] { return warp < row_warps && first_value < p.value_dim; };
   const auto multiplies = [&] {
     return has_group_products ? warp < row_warps && block_begin + warp / 4 * 4 * Tile::warp_rows < p.value_dim : has_values();
