@@ -61,6 +61,13 @@ class WideColumns {
     const int lane = own_lane(), row = lane % 8;
     load_matrices(out, memory_ + at(part, first / 8, 8 * block) + row * row_pitch + (((lane / 8) ^ row) ^ first % 8) * 16);
   }
+  /// Of all blocks.
+  __device__ __forceinline__ void load_pairs(Pair (&out)[key_parts][blocks][4], int first) const {
+#pragma unroll
+    for (int part = 0; part < key_parts; ++part)
+#pragma unroll
+      for (int block = 0; block < blocks; ++block) load_pairs(out[part][block], block, first, part);
+  }
 
   // Of matrices whose rows are tokens, a lane has rows g and g + 8 ("halves"), and of each group of columns 2c and 2c + 1.
   template <bool common>
@@ -74,10 +81,7 @@ class WideColumns {
 #pragma unroll
     for (int first = 0; first < runs * pairs; first += 4) {
       Pair words[key_parts][blocks][4];
-#pragma unroll
-      for (int part = 0; part < key_parts; ++part)
-#pragma unroll
-        for (int block = 0; block < blocks; ++block) load_pairs(words[part][block], block, first, part);
+      load_pairs(words, first);
       const auto multiply = [&](float(&d)[4], int block, int column_block) {
 #pragma unroll
         for (int part = 0; part < key_parts; ++part)
@@ -244,19 +248,15 @@ class WideColumns {
       fetch_column<width>(keys[group], p, false, true, n, first + static_cast<unsigned>(8 * group + g), h, c);
     float products[2][groups][4] = {};
 #pragma unroll
-    for (int at = 0; at < runs * pairs; at += 4) {
+    for (int pair = 0; pair < runs * pairs; pair += 4) {
       Pair rows[key_parts][blocks][4];
-#pragma unroll
-      for (int part = 0; part < key_parts; ++part)
-#pragma unroll
-        for (int block = 0; block < blocks; ++block) load_pairs(rows[part][block], block, at, part);
+      load_pairs(rows, pair);
 #pragma unroll
       for (int group = 0; group < groups; ++group) {
         Pair columns[key_parts][4];
-        copy_pairs(columns[0], keys[group], at);
-        if constexpr (key_parts > 1)
+        copy_pairs(columns[0], keys[group], pair);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) split_pair<Input>(columns[0][j], [&](int part) -> Pair& { return columns[part][j]; });
+        for (int j = 0; j < 4; ++j) split_pair<Input>(columns[0][j], [&](int part) -> Pair& { return columns[part][j]; });
 #pragma unroll
         for (int part = 0; part < key_parts; ++part)
 #pragma unroll
@@ -270,7 +270,6 @@ class WideColumns {
                              columns[other][j + 1]);
       }
     }
-    auto* const vectors = static_cast<uint4*>(to) + own_lane();
 #pragma unroll
     for (int block = 0; block < blocks; ++block) {
       Pair words[2 * parts];
@@ -278,18 +277,17 @@ class WideColumns {
       for (int group = 0; group < groups; ++group)
         split_in<parts>(products[block / 2][group][block % 2 * 2], products[block / 2][group][block % 2 * 2 + 1],
                         [&](int part) -> Pair& { return words[2 * part + group]; });
-      vectors[block * 48] = make_uint4(words[0], words[1], words[2], words[3]);
-      reinterpret_cast<uint2*>(static_cast<uint4*>(to) + block * 48 + 32)[own_lane()] = make_uint2(words[4], words[5]);
+      four_before(to, block) = make_uint4(words[0], words[1], words[2], words[3]);
+      two_before(to, block) = make_uint2(words[4], words[5]);
     }
   }
   /// products = decay products + U k^T [k q], where U k^T is what the 16 tokens before have added to the state, U as fragments.
-  __device__ __forceinline__ static void add_before(const void* from, const Pair (&u)[parts][4], float decay,
+  __device__ __forceinline__ static void add_before(void* from, const Pair (&u)[parts][4], float decay,
                                                     float (&products)[blocks][4]) {
-    const auto* const vectors = static_cast<const uint4*>(from) + own_lane();
 #pragma unroll
     for (int block = 0; block < blocks; ++block) {
-      const uint4 first = vectors[block * 48];
-      const uint2 last = reinterpret_cast<const uint2*>(static_cast<const uint4*>(from) + block * 48 + 32)[own_lane()];
+      const uint4 first = four_before(from, block);
+      const uint2 last = two_before(from, block);
       const Pair columns[parts][2] = {{first.x, first.y}, {first.z, first.w}, {last.x, last.y}};
       float d[4] = {};
 #pragma unroll
@@ -387,6 +385,12 @@ class WideColumns {
       for (auto& place : solution)
 #pragma unroll
         for (Pair& part : place) function(part);
+  }
+
+  /// A lane's six words of what prepare_before() finds out of a block: the first two parts, and the third.
+  __device__ static uint4& four_before(void* memory, int block) { return static_cast<uint4*>(memory)[block * 48 + own_lane()]; }
+  __device__ static uint2& two_before(void* memory, int block) {
+    return static_cast<uint2*>(memory)[block * 96 + 64 + own_lane()];
   }
 
   __device__ static int own_lane() { return static_cast<int>(threadIdx.x % 32); }
