@@ -15,6 +15,10 @@ cudaError_t launch_fill(void* data, DType dtype, std::int64_t count, const Norma
 /// vectors that each has in flight. `unused` is device memory for a vector.
 inline constexpr int move_shapes = 12;
 cudaError_t launch_move(const Traffic& traffic, int shape, void* unused, cudaStream_t stream);
+/// In shapes of its own, which differ in whether stored states are to stay in cache, too; `fits` says whether anything was
+/// launched.
+inline constexpr int call_shapes = 18;
+cudaError_t launch_call_traffic(const CallTraffic& call, int shape, void* unused, cudaStream_t stream, bool& fits);
 /// `blocks` blocks of multiply_add_threads threads, each of which does multiply_add_chains * 2 * rounds operations.
 inline constexpr int multiply_add_threads = 512, multiply_add_chains = 16;
 cudaError_t launch_multiply_add(int blocks, std::int64_t rounds, void* unused, cudaStream_t stream);

@@ -146,6 +146,12 @@ class CudaPlatform final : public Platform {
   void move(const Traffic& traffic, int shape, int /*threads*/) override {
     require(launch_move(traffic, shape, unused_.get(), stream_), "launch a limit");
   }
+  int call_shapes() const override { return bench::call_shapes; }
+  bool move_call(const CallTraffic& traffic, int shape) override {
+    bool fits = false;
+    require(launch_call_traffic(traffic, shape, unused_.get(), stream_, fits), "launch a call's traffic");
+    return fits;
+  }
   double measure_peak_flops(int /*threads*/) override {
     constexpr std::int64_t rounds = 20'000;
     const int blocks = 4 * properties_.multiProcessorCount;  // all resident at once

@@ -39,6 +39,24 @@ struct Traffic {
   std::int64_t copies = 1;
 };
 
+/// The same where a call has it, and all else that a call reads and writes, but for the gates' parameters. Dense tensors; sizes
+/// in vectors of 16 bytes of one head.
+struct CallTraffic {
+  std::int64_t rows = 0, heads = 0, key_heads = 0, head_vectors = 0;
+  int tokens = 0, stores = 0, key_group = 1;  ///< `stores`: as Traffic::copies
+  void* state = nullptr;
+  void* snapshots = nullptr;            ///< given: the stores
+  const std::int32_t* slots = nullptr;  ///< [rows]; with `accepted` [rows,tokens], where the stores go
+  const std::int32_t* accepted = nullptr;
+  const void *q = nullptr, *k = nullptr, *v = nullptr, *a = nullptr, *b = nullptr;
+  void* o = nullptr;
+  int key_vectors = 0, value_vectors = 0, gate_bytes = 0;
+  /// With a window the state is stored where that is full.
+  const std::int32_t* length = nullptr;
+  void *keys = nullptr, *corrections = nullptr, *decays = nullptr;
+  int capacity = 0, ring = 0, entry_key_vectors = 0, entry_value_vectors = 0;
+};
+
 /// The machine side of a benchmark: memory, clock and limits of one kind of device. A backend for another device brings its
 /// own; the workloads, the harness and the tool do not know the difference.
 class Platform {
@@ -87,6 +105,10 @@ class Platform {
   /// The traffic alone, as fast as the device can. Values moved in place stay as they are. The host's platform does only one
   /// copy in place.
   virtual void move(const Traffic& traffic, int shape, int threads) = 0;
+  /// The same for all traffic of a call, on platforms that have it.
+  virtual int call_shapes() const { return 0; }
+  /// That traffic alone; false if there is none, or a shape does not fit it. The values of states stay as they are.
+  virtual bool move_call(const CallTraffic& /*traffic*/, int /*shape*/) { return false; }
   /// The best float32 multiply-add rate out of registers that a few short loops reach, in FLOP/s.
   virtual double measure_peak_flops(int threads) = 0;
   /// The instruction set of the limits.

@@ -199,6 +199,35 @@ Traffic Workload::traffic(const Arguments& arguments) const {
   return out;
 }
 
+CallTraffic Workload::call_traffic(const Arguments& arguments) const {
+  constexpr std::size_t vector = 16;
+  const auto vectors = [](std::int64_t elements, DType dtype) {
+    return static_cast<int>(static_cast<std::size_t>(elements) * size_of(dtype) / vector);
+  };
+  const auto index = [](const TensorView& view) { return static_cast<const std::int32_t*>(view.data); };
+  CallTraffic out;
+  if (item_.v_heads < item_.q_heads) return out;  // heads that share their v
+  out.rows = item_.batch, out.heads = item_.v_heads, out.key_heads = item_.q_heads;
+  out.key_group = static_cast<int>(out.heads / out.key_heads);
+  out.head_vectors = vectors(item_.key_dim * item_.value_dim, item_.state_dtype);
+  out.tokens = static_cast<int>(item_.tokens), out.stores = static_cast<int>(item_.stores());
+  out.state = arguments.state.data, out.snapshots = arguments.snapshots.data;
+  out.slots = index(arguments.read_slots.defined() ? arguments.read_slots : arguments.token_slots);
+  out.accepted = index(arguments.accepted);
+  out.q = arguments.q.data, out.k = arguments.k.data, out.v = arguments.v.data, out.o = arguments.o.data;
+  out.a = arguments.a.data, out.b = arguments.b.data;
+  out.key_vectors = vectors(item_.key_dim, item_.dtype), out.value_vectors = vectors(item_.value_dim, item_.dtype);
+  out.gate_bytes = static_cast<int>(size_of(item_.dtype));
+  if (const ReplayWindow* window = arguments.window; window != nullptr) {
+    out.length = index(window->record.length);
+    out.keys = window->keys.data, out.corrections = window->corrections.data, out.decays = window->decays.data;
+    out.capacity = static_cast<int>(item_.window), out.ring = static_cast<int>(window->record.order.shape[1]);
+    out.entry_key_vectors = vectors(item_.key_dim, item_.entries);
+    out.entry_value_vectors = vectors(item_.value_dim, item_.entries);
+  }
+  return out;
+}
+
 /// Sequences of a server are folded at different steps: so their windows start at all lengths. Instances stand for the layers
 /// of a model, which share the lengths.
 void Workload::start_windows(Platform& platform) {

@@ -80,6 +80,8 @@ class Workload {
 
   /// What has to be moved for a call.
   Traffic traffic(const Arguments& arguments) const;
+  /// What a call moves, and where.
+  CallTraffic call_traffic(const Arguments& arguments) const;
   /// The arguments of the next instance. Whoever calls, kernel or limit, takes the one that was left alone the longest.
   const Arguments& next();
   /// The accept that follows a call with a window.

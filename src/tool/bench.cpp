@@ -243,8 +243,9 @@ struct Result {
   const bench::Rotation& rotation;
   const Timing& timing;
   const Limit& limit;
-  const std::optional<Timing>& host;  ///< of the call alone, where its work goes on after it
-  bool window = false;                ///< the calls of this row have the case's window
+  const std::optional<Timing>& traffic;  ///< of all traffic of the call, and nothing else
+  const std::optional<Timing>& host;     ///< of the call alone, where its work goes on after it
+  bool window = false;                   ///< the calls of this row have the case's window
 
   std::string_view mode() const { return window ? item.tree ? "replay-tree" : "replay" : name_of(item.mode); }
 
@@ -261,9 +262,10 @@ struct Result {
 };
 
 void print_head() {
-  fmt::print("{:<10} {:<18} {:>5} {:>6} {:>7} {:>9} {:>5} {:>8} {:>6} {:>4} {:>11} {:>8} {:>8} {:>11} {:>6}  {:>7}  {}\n",
-             "backend", "op", "B", "T", "heads", "KxV", "io", "state", "cache", "thr", "median us", "GB/s", "GFLOP/s",
-             "limit us", "ratio", "host us", "p10..p90 us");
+  fmt::print(
+      "{:<10} {:<18} {:>5} {:>6} {:>7} {:>9} {:>5} {:>8} {:>6} {:>4} {:>11} {:>8} {:>8} {:>11} {:>6}  {:>10} {:>7}  {}\n",
+      "backend", "op", "B", "T", "heads", "KxV", "io", "state", "cache", "thr", "median us", "GB/s", "GFLOP/s", "limit us",
+      "ratio", "traffic us", "host us", "p10..p90 us");
 }
 
 void print_row(const Result& row) {
@@ -271,15 +273,17 @@ void print_row(const Result& row) {
   // Times on a device go down to microseconds.
   const int digits = row.host ? 2 : 1;
   fmt::print(
-      "{:<10} {:<18} {:>5} {:>6} {:>7} {:>9} {:>5} {:>8} {:>6} {:>4} {:>11.{}f} {:>8.2f} {:>8.2f} {:>11.{}f} {:>6.3f}{} {:>7}  "
+      "{:<10} {:<18} {:>5} {:>6} {:>7} {:>9} {:>5} {:>8} {:>6} {:>4} {:>11.{}f} {:>8.2f} {:>8.2f} {:>11.{}f} {:>6.3f}{} {:>8} "
+      "{:>7}  "
       "{:.{}f}..{:.{}f}\n",
       row.backend.name(),
       row.mode() == "update" ? std::string(name_of(item.op)) : fmt::format("{} {}", name_of(item.op), row.mode()), item.batch,
       item.tokens, fmt::format("{}/{}", item.q_heads, item.v_heads), fmt::format("{}x{}", item.key_dim, item.value_dim),
       name_of(item.dtype), fmt::format("{}{}", name_of(item.state_dtype), item.value_last ? " kv" : ""), row.cache(),
       item.threads, row.timing.median() * 1e6, digits, row.gigabytes(), row.gigaflops(), row.limit.seconds() * 1e6, digits,
-      row.ratio(), row.noisy() ? '!' : ' ', row.host ? fmt::format("{:.2f}", row.host->median() * 1e6) : "-",
-      row.timing.quantile(0.1) * 1e6, digits, row.timing.quantile(0.9) * 1e6, digits);
+      row.ratio(), row.noisy() ? '!' : ' ', row.traffic ? fmt::format("{:.2f}", row.traffic->median() * 1e6) : "-",
+      row.host ? fmt::format("{:.2f}", row.host->median() * 1e6) : "-", row.timing.quantile(0.1) * 1e6, digits,
+      row.timing.quantile(0.9) * 1e6, digits);
   std::fflush(stdout);
 }
 
@@ -335,6 +339,7 @@ ordered_json json_of(const Result& row, const bench::Platform& platform, const s
                       {"commit", GATEDELTA_COMMIT},
                       {"command", command_line()},
                       {"date", date}};
+  if (row.traffic) out["traffic_us"] = row.traffic->median() * 1e6;
   if (item.dependent) out["dependent"] = true;
   if (item.ordered) out["slots"] = "ordered";
   if (row.window) {
@@ -361,19 +366,63 @@ double seconds_of(const std::function<void()>& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
+/// Which of these is the fastest.
+std::size_t fastest(bench::Platform& platform, const std::vector<std::function<void()>>& moves, const bench::Effort& effort) {
+  if (moves.size() == 1) return 0;
+  bench::Effort short_effort = effort;
+  short_effort.repetitions = 7;
+  const bench::Measurement measured = bench::measure(platform, moves, short_effort);
+  const auto best = std::min_element(measured.timings.begin(), measured.timings.end(),
+                                     [](const Timing& a, const Timing& b) { return a.median() < b.median(); });
+  return static_cast<std::size_t>(best - measured.timings.begin());
+}
+
 /// The fastest way to do a case's traffic alone.
 std::function<void()> best_move(bench::Platform& platform, bench::Workload& workload, const Case& item,
                                 const bench::Effort& effort) {
   std::vector<std::function<void()>> moves;
   for (int shape = 0; shape < platform.move_shapes(); ++shape)
     moves.emplace_back([&, shape] { platform.move(workload.traffic(workload.next()), shape, item.threads); });
-  if (moves.size() == 1) return moves[0];
-  bench::Effort short_effort = effort;
-  short_effort.repetitions = 7;
-  const bench::Measurement measured = bench::measure(platform, moves, short_effort);
-  const auto best = std::min_element(measured.timings.begin(), measured.timings.end(),
-                                     [](const Timing& a, const Timing& b) { return a.median() < b.median(); });
-  return moves[static_cast<std::size_t>(best - measured.timings.begin())];
+  return moves[fastest(platform, moves, effort)];
+}
+
+/// The arguments of a call that has no window.
+Arguments without_window(Arguments arguments) {
+  arguments.window = nullptr, arguments.parent = {};
+  return arguments;
+}
+
+/// The fastest ways to do all traffic of a case's calls, of those with its window first, if it has one. None on platforms that
+/// do not know any.
+std::vector<std::function<void()>> best_call_moves(bench::Platform& platform, bench::Workload& workload, const Case& item,
+                                                   const GatedDeltaRule& rule, const bench::Effort& effort) {
+  std::vector<std::function<void()>> out;
+  for (int form = item.window > 0 ? 0 : 1; form < 2; ++form) {
+    const auto traffic = [&workload, form] {
+      const Arguments& arguments = workload.next();
+      return workload.call_traffic(form == 0 ? arguments : without_window(arguments));
+    };
+    std::vector<int> shapes;
+    std::vector<std::function<void()>> moves;
+    for (int shape = 0; shape < platform.call_shapes(); ++shape) {
+      if (!platform.move_call(traffic(), shape)) continue;
+      shapes.push_back(shape);
+      moves.emplace_back([&platform, traffic, shape] { platform.move_call(traffic(), shape); });
+    }
+    if (moves.empty()) return {};
+    const std::size_t best = fastest(platform, moves, effort);
+    if (form == 1)
+      out.push_back(moves[best]);
+    else
+      out.emplace_back([&platform, &workload, &item, rule, shape = shapes[best]] {
+        for (std::int64_t call = 1; call <= item.cycle(); ++call) {
+          const Arguments& arguments = workload.next();
+          platform.move_call(workload.call_traffic(arguments), shape);
+          if (call % item.layers == 0) rule.accept(workload.accept(arguments));
+        }
+      });
+  }
+  return out;
 }
 
 void run(const Options& options) {
@@ -409,11 +458,7 @@ void run(const Options& options) {
             if (call % layers == 0) rule.accept(workload.accept(arguments));
           }
         });
-      subjects.emplace_back([&workload, rule] {
-        Arguments arguments = workload.next();
-        arguments.window = nullptr, arguments.parent = {};
-        rule.forward(arguments);
-      });
+      subjects.emplace_back([&workload, rule] { rule.forward(without_window(workload.next())); });
     }
     const std::size_t forms = item.window > 0 ? 2 : 1;
     const auto calls_of = [&](std::size_t subject) { return forms == 2 && subject % 2 == 0 ? item.cycle() : 1; };
@@ -425,6 +470,10 @@ void run(const Options& options) {
     bench::Effort effort = options.effort;
     effort.warm = item.warm;
     effort.least_calls = platform->move_shapes() > 1 ? job.rotation.instances : 1;
+    const std::size_t first_traffic = subjects.size();
+    for (auto& move : best_call_moves(*platform, workload, item, GatedDeltaRule(item.config(), *job.backends.front()), effort))
+      subjects.push_back(std::move(move));
+    const bool has_traffic = subjects.size() > first_traffic;
     subjects.push_back(best_move(*platform, workload, item, effort));
     const bench::Measurement measured = bench::measure(*platform, subjects, effort);
     std::vector<std::optional<Timing>> host;
@@ -445,7 +494,9 @@ void run(const Options& options) {
     progress.clear();
     for (std::size_t s = 0; s < forms * job.backends.size(); ++s) {
       const Timing timing = measured.timings[s].of_each(calls_of(s));
-      const Result row{item, *job.backends[s / forms], job.rotation, timing, limit, host[s], forms == 2 && s % 2 == 0};
+      const std::optional<Timing> traffic =
+          has_traffic ? std::optional(measured.timings[first_traffic + s % forms].of_each(calls_of(s))) : std::nullopt;
+      const Result row{item, *job.backends[s / forms], job.rotation, timing, limit, traffic, host[s], forms == 2 && s % 2 == 0};
       print_row(row);
       results.push_back(json_of(row, *platform, date, first_call));
     }

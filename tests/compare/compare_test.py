@@ -93,6 +93,13 @@ class Tables(Case):
         self.assertLess(next(i for i, line in enumerate(out) if line.startswith("**decode")),
                         next(i for i, line in enumerate(out) if line.startswith("**verify")))
 
+    def test_traffic_is_a_column_where_it_is_known(self):
+        rows = [row(batch=1, traffic_us=2.0), row(batch=4), row(batch=4, traffic_us=3.8, slots="ordered")]
+        cells = self.lines("--markdown", self.write(rows))[0]
+        start = cells.index(["T", "B", "limit", "traffic", "gatedelta cuda", "gatedelta cuda, slots in order"])
+        self.assertEqual(cells[start + 2:], [["4", "1", "1.90", "2.00 (0.95)", "2.00 (0.95)", "–"],
+                                             ["4", "4", "1.90", "–", "2.00 (0.95)", "2.00 (0.95)"]])
+
     def test_tables_are_split_by_what_is_not_comparable(self):
         rows = [row(), row(mode="snapshots"), row(layout="kv"), row(q_heads=4, v_heads=8), row(hardware="Other")]
         self.assertEqual(self.run_compare("--markdown", self.write(rows))[1].count("(µs)"), 5)
