@@ -44,7 +44,7 @@ struct Options {
   std::vector<std::string> dtypes{"bf16"}, states{"f32"};
   std::string layout = "vk";
   std::vector<int> threads;
-  bool warm = false, dependent = false;
+  bool warm = false, dependent = false, traffic = false;
   std::string slots = "shuffled";
   std::int64_t window = 0, accepted = 0, layers = 36;
   bool tree = false;
@@ -471,8 +471,10 @@ void run(const Options& options) {
     effort.warm = item.warm;
     effort.least_calls = platform->move_shapes() > 1 ? job.rotation.instances : 1;
     const std::size_t first_traffic = subjects.size();
-    for (auto& move : best_call_moves(*platform, workload, item, GatedDeltaRule(item.config(), *job.backends.front()), effort))
-      subjects.push_back(std::move(move));
+    if (options.traffic)
+      for (auto& move :
+           best_call_moves(*platform, workload, item, GatedDeltaRule(item.config(), *job.backends.front()), effort))
+        subjects.push_back(std::move(move));
     const bool has_traffic = subjects.size() > first_traffic;
     subjects.push_back(best_move(*platform, workload, item, effort));
     const bench::Measurement measured = bench::measure(*platform, subjects, effort);
@@ -549,6 +551,8 @@ void add_bench_command(CLI::App& app) {
   command->add_option("--window", options->window, "capacity of a replay window: rows with and without it")
       ->check(CLI::Range(min_window, max_window))
       ->needs(op);
+  command->add_flag("--traffic", options->traffic,
+                    "on GPUs: time all that a call reads and writes, too, without its arithmetic");
   command->add_flag("--tree", options->tree, "with a window: the tokens are drafts in a binary tree")->needs("--window");
   command->add_option("--entries", options->entries, "dtype of the window's entries")
       ->capture_default_str()

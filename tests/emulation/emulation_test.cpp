@@ -56,8 +56,12 @@ TEST_CASE("replay") {
         while (form.value_dim % (16 * form.shape.warps) != 0) --form.shape.warps;
         form.shape.heads = std::min(form.shape.heads, form.shape.warps);
       }
-      const Result result = check(form, Kernel::replay, tile_of(form.tokens));
-      folded += result.folded, unfolded += result.unfolded;
+      for (const DType entries : {DType::bf16, DType::f32}) {
+        if (entries == DType::f32 && form.state == DType::f16) continue;  // as bfloat16
+        form.entry_dtype = entries;
+        const Result result = check(form, Kernel::replay, tile_of(form.tokens));
+        folded += result.folded, unfolded += result.unfolded;
+      }
     }
   };
   for (const DType state : states) {
@@ -116,7 +120,7 @@ TEST_CASE("recurrent, with a window") {
           for (const std::int64_t P : {0, 7, 16, 37}) {
             if (state == DType::f16 && P != 7) continue;  // as bfloat16
             const std::int64_t T = P == 7 ? 11 : P == 37 ? 20 : 1;
-            if (entries == DType::bf16 && K < 256 && T <= 8) continue;  // the fast form
+            if (K < 256 && T <= 8) continue;  // the fast form
             Form form{state, T, K, P == 16 ? 160 : 96, {}, 2, 4, P == 7, value_last, false, true, P == 37 ? 48 : 16, P};
             form.entry_dtype = entries;
             check(form, Kernel::recurrent, 0);

@@ -148,16 +148,22 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
     if (bytes > most_shared) return launch_generic_replay(params, stream);
     return launch_fast(kernel, plan.shape, 0, bytes, p, rows, stream);
   }
-  const auto heads = static_cast<std::uint32_t>(plan.shape.heads);
-  p.block_heads = heads, p.team = make_group(team_of(p, heads));
-  const std::uint32_t teams = (heads + p.team.count - 1) / p.team.count;
-  p.token_warps = plan.token_tile == 1 ? teams : heads;
   const auto groups = static_cast<std::size_t>((p.window.capacity + group_entries - 1) / group_entries);
+  const std::size_t warp_bytes = kernel.bytes + groups * kernel.group_bytes;
   p.head_bytes = static_cast<std::uint32_t>(kernel.head_bytes + groups * kernel.head_group_bytes +
                                             static_cast<std::size_t>(p.value_dim) * kernel.head_value_bytes);
   p.team_bytes = static_cast<std::uint32_t>(kernel.team_bytes + groups * kernel.team_group_bytes);
-  return launch_fast(kernel, plan.shape, kernel.bytes + groups * kernel.group_bytes,
-                     heads * p.head_bytes + teams * p.team_bytes, p, rows, stream, plan.shape.heads);
+  // As many heads as fit: long windows of float32 entries need much of shared memory.
+  auto heads = static_cast<std::uint32_t>(plan.shape.heads);
+  std::size_t block_bytes = 0;
+  for (;; --heads) {
+    p.block_heads = heads, p.team = make_group(team_of(p, heads));
+    const std::uint32_t teams = (heads + p.team.count - 1) / p.team.count;
+    p.token_warps = plan.token_tile == 1 ? teams : heads;
+    block_bytes = heads * p.head_bytes + teams * p.team_bytes;
+    if (heads == 1 || block_bytes + static_cast<std::size_t>(plan.shape.warps) * warp_bytes <= most_shared) break;
+  }
+  return launch_fast(kernel, plan.shape, warp_bytes, block_bytes, p, rows, stream, static_cast<int>(heads));
 }
 
 }  // namespace gatedelta::cuda

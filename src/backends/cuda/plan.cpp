@@ -293,14 +293,14 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
   const std::int64_t tokens = variable ? std::max(window.room(), 2) : p.tokens;
   // A block has all of v of its heads in shared memory.
   if (p.key_dim == 256 || p.value_dim > 512 || tokens < 1 || tokens > 8 || p.rows == 0 ||
-      (p.parent.data != nullptr && tokens == 1) || !has_serving_form(p, plan.value_last) || !has_vectors(p.v, 3, 8) ||
-      window.keys.dtype != DType::bf16) {
+      (p.parent.data != nullptr && tokens == 1) || !has_serving_form(p, plan.value_last) || !has_vectors(p.v, 3, 8)) {
     plan.kernel = Kernel::recurrent;
     plan.tree = p.parent.data != nullptr;
   } else {
     plan.kernel = Kernel::replay;
     plan.token_tile = token_tile_of(tokens);
-    plan.common = !plan.value_last && !variable && has_usual_gates(p);
+    plan.entries = window.keys.dtype;
+    plan.common = plan.entries == DType::bf16 && !plan.value_last && !variable && has_usual_gates(p);
     choose_shape(p, Stores::last, plan);
   }
   choose_start(p, plan);

@@ -39,6 +39,7 @@ struct Plan {
   int token_tile = 0;                 ///< verify: tokens of a turn; serving: at most
   bool common = false;                ///< see the kernel
   DType inputs = DType::bf16;         ///< serving, chunks: of q, k, v and o
+  DType entries = DType::bf16;        ///< replay
   bool tree = false;                  ///< recurrent: drafts in a tree
   bool ahead = false, early = false;  ///< see Params
   Shape shape;

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "backends/cuda/coefficients.cuh"
-#include "backends/cuda/record.cuh"
-#include "backends/cuda/state_columns.cuh"
+#include "backends/cuda/replay_entries.cuh"
 
 // The serving form (see serving.cuh) with a replay window of bfloat16 entries. With the P entries (k_j, u_j), whose decays up
 // to the last one are gamma_j (gamma: that of the checkpoint S), the state that the tokens meet is
@@ -20,290 +19,39 @@
 // and all warps leave most of the states until then.
 namespace gatedelta::cuda {
 
-constexpr int replay_stages = 2;
-constexpr int replay_max_warps = 4, replay_max_heads = replay_max_warps;
-template <class State, int key_dim, bool value_last>
-using ReplayRows = std::conditional_t<value_last, StateColumns<State, key_dim>, StateRows<State, key_dim>>;
-template <int key_dim, int token_tile>
-using ReplayTokens = TokenColumns<key_dim, token_tile, 8, 2>;
-
-/// A lane's part of M for 16 entries, by halves of these, as sums of bfloat16 numbers.
-template <int numbers>
-struct alignas(numbers == 2 ? 16 : 8) Mix {
-  static constexpr int parts = numbers;
-  Pair pairs[parts][2];
-};
-/// Of 16 value rows of the corrections of a group.
-constexpr int group_stage_bytes = group_entries * 16 * 2;
-
-/// What the warps of a block know of one head, in shared memory, in part with all of its team: written by one or two of them.
-/// The tokens' keys and queries are rows of a matrix; between rows there is a gap, so that 8 of them can be read at a time.
-template <class Tokens, int key_dim, int token_tile>
-struct HeadNotes {
-  /// Two numbers have twice the bits of what M is multiplied with. For one token a third one costs nothing.
-  using Mix = cuda::Mix<token_tile == 1 ? 3 : 2>;
-  static constexpr int row_pitch = key_dim / 2 + 4, rows = token_tile == 1 ? 2 : 2 * token_tile;
-  // Of a team: the rows, and for sequences that are folded the keys of each 16 entries.
-  static constexpr int team_bytes = rows * row_pitch * 4, key_bytes = key_dim * 2, team_group_bytes = group_entries * key_bytes;
-  // Of a head: numbers of the tokens, gamma, of each 16 entries M and gamma_j, and v, token by token.
-  static constexpr int checkpoint_at = [] {
-    if constexpr (token_tile == 1)
-      return 32;
-    else
-      return static_cast<int>(Tokens::shared_bytes + Tokens::norms_bytes);
-  }();
-  static constexpr int groups_at = checkpoint_at + 16, mix_bytes = Tokens::blocks * 32 * static_cast<int>(sizeof(Mix));
-  static constexpr int group_bytes = mix_bytes + group_entries * 4;
-  static constexpr int value_bytes = 2 * token_tile;  ///< for each of V
-
-  char *memory, *team;
-  int lane;
-
-  __device__ Pair* row(int row) const { return reinterpret_cast<Pair*>(team) + row * row_pitch; }
-  /// Vector v of the key of an entry of a group: so that those of 8 entries lie in different banks.
-  __device__ char* key_vector(int group, int entry, int v) const {
-    return team + team_bytes + group * team_group_bytes + entry * key_bytes + (v ^ entry % 8) * 16;
-  }
-  __device__ float* numbers() const { return reinterpret_cast<float*>(memory); }
-  __device__ void pass(Tokens& tokens, bool gives) const {
-    tokens.pass({memory, lane, gives});
-    tokens.pass_norms({memory + Tokens::shared_bytes, lane, gives});
-  }
-  /// gamma.
-  __device__ float& checkpoint_decay() const { return *reinterpret_cast<float*>(memory + checkpoint_at); }
-  __device__ char* group(int group) const { return memory + groups_at + group * group_bytes; }
-  /// The lane's part of M.
-  __device__ Mix& mix(int group, int block) const { return reinterpret_cast<Mix*>(this->group(group))[block * 32 + lane]; }
-  /// gamma_j for j = 16 group ...
-  __device__ float* decays(int group) const { return reinterpret_cast<float*>(this->group(group) + mix_bytes); }
-  __device__ std::uint16_t* values(int groups) const { return reinterpret_cast<std::uint16_t*>(this->group(groups)); }
-};
-
-/// A row, as each warp of its block knows it.
-struct ReplayRow {
-  unsigned batch, first_token;  ///< where its tokens begin
-  int count;
-  std::int32_t slot;
-  RecordRow record;
-
-  template <class P>
-  __device__ std::uint16_t* keys(const P& p, unsigned h) const {
-    return static_cast<std::uint16_t*>(p.window.keys.data) +
-           offset_of(p.window.keys, static_cast<unsigned>(slot), head_of(h, p.k_group));
-  }
-  template <class P>
-  __device__ float* decays(const P& p, unsigned h) const {
-    return static_cast<float*>(p.window.decays.data) + offset_of(p.window.decays, static_cast<unsigned>(slot), h);
-  }
-};
-
-/// One warp's work for the heads of a team from h on: what the entries of the window are to its tokens. `notes_of` gives the
-/// notes of a head.
-template <class Rows, int token_tile, class Tokens>
-class Entries {
- public:
-  /// Starts the loads that all that follows waits for.
-  __device__ __forceinline__ void fetch(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
-                                        int lane) {
-    const float* decays = row.decays(p, h);
-#pragma unroll
-    for (int i = 0; i < replay_max_heads; ++i) {
-      if (i >= heads) break;
-#pragma unroll
-      for (int word = 0; word < words; ++word) {
-        log_decays_[i][word] = 0;
-        if (32 * word + lane < row.record.length)
-          log_decays_[i][word] = decays[product(row.record.places[word], static_cast<int>(p.window.decays.strides[2]))];
-      }
-      decays += p.window.decays.strides[1];
-    }
-    fetch_keys(p, row, h, 0, lane);
-  }
-
-  /// Of what they bring, what each head's notes are to say.
-  template <class NotesOf>
-  __device__ __forceinline__ void prepare(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
-                                          const Tokens& tokens, const NotesOf& notes_of) {
-    const auto notes = notes_of(h);
-    const int lane = notes.lane, g = lane / 4, c = lane % 4;
-    const int P = row.record.length, used = (P + group_entries - 1) / group_entries;
-    const bool folds = P + row.count > p.window.capacity;
-
-#pragma unroll
-    for (int i = 0; i < replay_max_heads; ++i) {
-      if (i >= heads) break;
-      const auto own = notes_of(h + i);
-      float checkpoint_decay = 1;
-#pragma unroll
-      for (int word = words - 1; word >= 0; --word) {
-        if (32 * word >= P) continue;
-        float product = expf(log_decays_[i][word]);
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-          const float behind = __shfl_down_sync(0xffffffffu, product, distance);
-          if (lane + distance < 32) product *= behind;
-        }
-        product *= checkpoint_decay;  // of the other word
-        const float next = __shfl_down_sync(0xffffffffu, product, 1);
-        if (const int entry = 32 * word + lane; entry < used * group_entries)
-          own.decays(entry / group_entries)[entry % group_entries] = lane < 31 ? next : checkpoint_decay;
-        checkpoint_decay = shuffle(product, 0);
-      }
-      own.checkpoint_decay() = checkpoint_decay;
-    }
-    __syncwarp();
-
-#pragma unroll 1
-    for (int group = 0; group < used; ++group) {
-      if (group > 0) fetch_keys(p, row, h, group, lane);
-      if (folds)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int i = 0; i < runs; ++i) {
-            const uint4& x = keys_[half][i];
-            const Pair pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-            for (int pair = 0; pair < 4; ++pair) {
-              const int place = Rows::place_of_pair(i, pair, c);
-              reinterpret_cast<Pair*>(notes.key_vector(group, 8 * half + g, place / 4))[place % 4] = pairs[pair];
-            }
-          }
-      float products[2][Tokens::blocks][4] = {};
-#pragma unroll
-      for (int i = 0; i < runs; ++i) {
-        const uint4 &low = keys_[0][i], &high = keys_[1][i];
-#pragma unroll
-        for (int block = 0; block < Tokens::blocks; ++block) {
-          multiply_add(products[0][block], low.x, high.x, low.y, high.y, tokens.pair(block, i, 0), tokens.pair(block, i, 1));
-          multiply_add(products[1][block], low.z, high.z, low.w, high.w, tokens.pair(block, i, 2), tokens.pair(block, i, 3));
-        }
-      }
-#pragma unroll
-      for (int block = 0; block < Tokens::blocks; ++block)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& x = products[0][block][e];
-          x += products[1][block][e];
-          // All even columns are the key's, all odd ones the query's, as those of the state.
-          if constexpr (token_tile == 1) x = shuffle(x, lane & ~3);
-        }
-#pragma unroll 1
-      for (int i = 0; i < heads; ++i) {
-        const auto own = notes_of(h + i);
-        const float* const decays = own.decays(group);
-#pragma unroll
-        for (int block = 0; block < Tokens::blocks; ++block) {
-          auto& mix = own.mix(group, block);
-          constexpr int parts = std::remove_reference_t<decltype(mix)>::parts;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float decay = decays[8 * half + g];
-            Pair pairs[parts];
-            split_in<parts>(decay * products[0][block][2 * half], decay * products[0][block][2 * half + 1],
-                            [&](int part) -> Pair& { return pairs[part]; });
-#pragma unroll
-            for (int part = 0; part < parts; ++part) mix.pairs[part][half] = transposed(pairs[part]);
-          }
-        }
-      }
-    }
-  }
-
- private:
-  static constexpr int runs = Tokens::runs, words = max_window / 32;
-
-  __device__ __forceinline__ void fetch_keys(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int group,
-                                             int lane) {
-    const int g = lane / 4, c = lane % 4;
-    const std::uint16_t* const keys = row.keys(p, h) + 8 * c;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int entry = group * group_entries + 8 * half + g, place = row.record.place_of(entry, p.window.ring);
-#pragma unroll
-      for (int i = 0; i < runs; ++i) {
-        keys_[half][i] = uint4{};
-        if (entry < row.record.length)
-          keys_[half][i] = *reinterpret_cast<const uint4*>(keys + place * static_cast<int>(p.window.keys.strides[2]) + 32 * i);
-      }
-    }
-  }
-
-  float log_decays_[replay_max_heads][words];  ///< behind the entries lane and lane + 32
-  uint4 keys_[2][runs];                        ///< of a group, as rows of 16 entries, a lane's 8 at a time
-};
-
-/// And another's: what the tokens are to each other. One token of a team's heads differs in the gates alone, and lane i has
-/// those of head h + i; of more tokens a head is a warp's work.
-template <int token_tile, bool common, class Tokens, class NotesOf>
-__device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p, int count, unsigned path, unsigned h,
-                                               int heads, bool leads, Tokens& tokens, const NotesOf& notes_of) {
-  const auto notes = notes_of(h);
-  const int lane = notes.lane, g = lane / 4, c = lane % 4;
-#pragma unroll
-  for (int block = 0; block < Tokens::blocks; ++block)
-    if (leads && (token_tile > 1 || g < 2))
-#pragma unroll
-      for (int i = 0; i < Tokens::runs; ++i)
-        *reinterpret_cast<uint4*>(notes.row(8 * block + g) + 4 * c + 16 * i) =
-            *reinterpret_cast<const uint4*>(tokens.run(block, i));
-  if constexpr (token_tile == 1) {
-    tokens.template prepare<common>(p);
-    if (lane < heads) tokens.store_factors(notes_of(h + static_cast<unsigned>(lane)).numbers());
-  } else {
-    tokens.template prepare<common, true>(p, count, g, c, path);
-    notes.pass(tokens, true);
-  }
-}
-
-/// The entry of token g but for its correction, at `place`; or, of one token, those of the heads of a team.
-template <int token_tile, class Tokens>
-__device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
-                                            const Tokens& tokens, int place, int lane) {
-  const int g = lane / 4, c = lane % 4;
-  if (g < row.count && is_first(h, p.k_group)) {
-    std::uint16_t* const keys = row.keys(p, h) + place * static_cast<int>(p.window.keys.strides[2]) + 8 * c;
-#pragma unroll
-    for (int i = 0; i < Tokens::runs; ++i)
-      *reinterpret_cast<uint4*>(keys + 32 * i) = *reinterpret_cast<const uint4*>(tokens.run(0, i));
-  }
-  const bool has_decay = token_tile == 1 ? lane < heads : c == 0 && g < row.count;
-  const unsigned own = token_tile == 1 ? h + static_cast<unsigned>(lane) : h;
-  if (has_decay) row.decays(p, own)[product(place, static_cast<int>(p.window.decays.strides[2]))] = tokens.log_decay();
-}
-
-/// The state of 16 rows where the window is full: gamma S + sum_j gamma_j u_j k_j^T. `load_corrections` gives those of a group
-/// of entries as a fragment. `overlaps`: there are registers for several runs of keys at a time.
-template <bool overlaps, class Rows, class State, class Notes, class Load>
-__device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int used, const Load& load_corrections, State* to) {
+/// The state of 16 rows where the window is full: gamma S + sum_j gamma_j u_j k_j^T. `corrections_of` gives those of a group
+/// of entries. `overlaps`: there are registers for several runs of keys at a time.
+template <bool overlaps, class Rows, class State, class Notes, class CorrectionsOf>
+__device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int used, const CorrectionsOf& corrections_of,
+                                     State* to) {
   // Three numbers are all of a float32, two are enough for a state of 16 bits.
-  constexpr int parts = sizeof(State) == 4 ? 3 : 2, runs = Rows::keys / Rows::run_keys;
+  constexpr int parts = sizeof(State) == 4 ? 3 : 2, key_parts = parts < Notes::key_parts ? parts : Notes::key_parts;
+  constexpr int runs = Rows::keys / Rows::run_keys;
   const int lane = notes.lane, c = lane % 4;
   const float checkpoint_decay = notes.checkpoint_decay();
   Pair a[parts][4];
   const auto scale_corrections = [&](int group) {
-    std::uint32_t words[4];
-    load_corrections(words, group);
+    float u[4][2];
+    corrections_of(group).load(u);
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
-      float low, high;
-      widen(words[word], low, high, __nv_bfloat16{});
       const float2 decay = *reinterpret_cast<const float2*>(notes.decays(group) + word / 2 * 8 + 2 * c);
-      low *= decay.x, high *= decay.y;
-      split_in<parts>(low, high, [&](int part) -> Pair& { return a[part][word]; });
+      split_in<parts>(decay.x * u[word][0], decay.y * u[word][1], [&](int part) -> Pair& { return a[part][word]; });
     }
   };
   const auto add_group = [&](float(&sums)[Rows::pairs][4], int run, int group) {
 #pragma unroll
-    for (int pair = 0; pair < Rows::pairs; pair += 2) {
-      Pair keys[4];
-      load_transposed(keys, notes.key_vector(group, lane % 16, run * Rows::pairs + pair + lane / 16));
+    for (int pair = 0; pair < Rows::pairs; pair += 2)
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
+      for (int key_part = key_parts - 1; key_part >= 0; --key_part) {
+        Pair keys[4];
+        load_transposed(keys, notes.key_vector(group, key_part, lane % 16, run * Rows::pairs + pair + lane / 16));
 #pragma unroll
-        for (int part = parts - 1; part >= 0; --part)
-          multiply_add(sums[pair + e], a[part][0], a[part][1], a[part][2], a[part][3], keys[2 * e], keys[2 * e + 1]);
-    }
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+          for (int part = parts - 1 - key_part; part >= 0; --part)
+            multiply_add(sums[pair + e], a[part][0], a[part][1], a[part][2], a[part][3], keys[2 * e], keys[2 * e + 1]);
+      }
   };
   // Once for all keys, if there is one group.
   if constexpr (overlaps) {
@@ -313,7 +61,7 @@ __device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int u
       for (int run = 0; run < runs; ++run, to += Rows::run_step) {  // without a branch
         float sums[Rows::pairs][4] = {};
         add_group(sums, run, 0);
-        rows.store_sum(to, run, checkpoint_decay, sums);
+        rows.store_sum(to, rows.run(run), checkpoint_decay, sums);
       }
       return;
     }
@@ -322,34 +70,37 @@ __device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int u
   }
 #pragma unroll 1
   for (int run = 0; run < runs; ++run, to += Rows::run_step) {
+    const auto old = rows.run(run);  // ahead of the products, not behind them
     float sums[Rows::pairs][4] = {};
 #pragma unroll 1
     for (int group = 0; group < used; ++group) {
       if (overlaps || used > 1) scale_corrections(group);
       add_group(sums, run, group);
     }
-    rows.store_sum(to, run, checkpoint_decay, sums);
+    rows.store_sum(to, old, checkpoint_decay, sums);
   }
 }
 
-template <class Rows, int token_tile, bool common>
+template <class Rows, class Entry, int token_tile, bool common>
 constexpr int replay_blocks() {
-  constexpr int blocks = ReplayTokens<Rows::keys, token_tile>::blocks;
+  constexpr int blocks = ReplayTokens<Entry, Rows::keys, token_tile>::blocks;
   constexpr int registers = blocks * Rows::keys / 8 +
                             (token_tile == 1   ? 96
                              : token_tile == 4 ? 96
                                                : 120) +
-                            (Rows::narrow_state ? Rows::parts > 1 ? 16 : 0 : 32) + (common ? 0 : 8);
+                            (Rows::narrow_state ? Rows::parts > 1 ? 16 : 0 : 32) + (common ? 0 : 8) +
+                            (sizeof(Entry) == 2 ? 0 : 40);
   return 65536 / (32 * replay_max_warps * registers);
 }
 
-template <class State, int key_dim, bool value_last, int token_tile, bool common>
+template <class State, class Entry, int key_dim, bool value_last, int token_tile, bool common>
 __global__ void __launch_bounds__(32 * replay_max_warps,
-                                  replay_blocks<ReplayRows<State, key_dim, value_last>, token_tile, common>())
+                                  replay_blocks<ReplayRows<State, key_dim, value_last>, Entry, token_tile, common>())
     replay_kernel(const __grid_constant__ ReplayParams<FastParams> p) {
   using Rows = ReplayRows<State, key_dim, value_last>;
-  using Tokens = ReplayTokens<key_dim, token_tile>;
-  using Notes = HeadNotes<Tokens, key_dim, token_tile>;
+  using Tokens = ReplayTokens<Entry, key_dim, token_tile>;
+  using Notes = HeadNotes<Tokens, Entry, key_dim, token_tile>;
+  using Corrections = cuda::Corrections<Entry>;
   using Mix = typename Notes::Mix;
   constexpr int blocks = Tokens::blocks, parts = Rows::parts, stages = replay_stages;
   constexpr bool streams = token_tile == 1;  // more tokens have been slower with it
@@ -383,7 +134,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   const int count = min(row.count, token_tile);  // of a row that is good, all
 
   extern __shared__ __align__(256) uint4 shared[];
-  const int stage_bytes = Rows::bytes + groups * group_stage_bytes;
+  const int stage_bytes = Rows::bytes + groups * Corrections::bytes;
   const auto memory_of = [&](int warp) {
     return shared_offset(shared) + static_cast<std::uint32_t>(warp * stages * stage_bytes + warp * Rows::gap_bytes);
   };
@@ -475,28 +226,35 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
     good = row.record.is_in_range(p, n, lane, warp == 0);
   }
   const int P = good ? row.record.length : 0, used = (P + group_entries - 1) / group_entries;
-  auto* const corrections = static_cast<std::uint16_t*>(window.corrections.data) + offset_of(window.corrections, slot);
+  auto* const corrections = static_cast<Entry*>(window.corrections.data) + offset_of(window.corrections, slot);
   const auto correction_stride = static_cast<int>(window.corrections.strides[2]);
   const auto corrections_at = [&](int stage, int group) {
-    return at_shared(memory + stage * stage_bytes + Rows::bytes + group * group_stage_bytes);
+    return Corrections(at_shared(memory + stage * stage_bytes + Rows::bytes + group * Corrections::bytes), lane);
   };
   // Beyond the first group, which is all that there is in short windows: not worth the registers.
   const auto place_of = [&](int entry) {
     return static_cast<const std::int32_t*>(window.order.data)[offset_of(window.order, slot, entry)];
   };
-  const std::uint16_t* const first_corrections =
-      corrections + row.record.place_of(lane / 2, window.ring) * correction_stride + lane % 2 * 8;
+  const Entry* first_corrections[Corrections::copies];
+#pragma unroll
+  for (int copy = 0; copy < Corrections::copies; ++copy)
+    first_corrections[copy] = corrections +
+                              row.record.place_of(Corrections::entry_of(lane, copy), window.ring) * correction_stride +
+                              Corrections::value_of(lane);
   const auto fetch_corrections = [&](int stage, const Position& at) {
     const std::int64_t along = product(at.h, window.corrections.strides[1]) + at.first_value;
-    if (lane / 2 < P)
-      __pipeline_memcpy_async(reinterpret_cast<uint4*>(corrections_at(stage, 0)) + lane, first_corrections + along, 16);
+#pragma unroll
+    for (int copy = 0; copy < Corrections::copies; ++copy)
+      if (Corrections::entry_of(lane, copy) < P) corrections_at(stage, 0).fetch(first_corrections[copy] + along, copy);
 #pragma unroll 1
     for (int group = 1; group < used; ++group)
-      if (const int entry = group * group_entries + lane / 2; entry < P)
-        __pipeline_memcpy_async(reinterpret_cast<uint4*>(corrections_at(stage, group)) + lane,
-                                corrections + along + place_of(entry) * correction_stride + lane % 2 * 8, 16);
+#pragma unroll
+      for (int copy = 0; copy < Corrections::copies; ++copy)
+        if (const int entry = group * group_entries + Corrections::entry_of(lane, copy); entry < P)
+          corrections_at(stage, group)
+              .fetch(corrections + along + place_of(entry) * correction_stride + Corrections::value_of(lane), copy);
   };
-  Entries<Rows, token_tile, Tokens> entries;
+  Entries<Rows, Entry, token_tile, Tokens> entries;
   if (good) {
     // Ahead of most states, behind which this would have to wait.
     if (has_entries) {
@@ -504,8 +262,10 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
       if (!has_tokens) tokens.fetch(p, row.batch, entries_head, count, g, c, row.first_token);
     }
     // Corrections of entries that there are not are zero, and stay so.
-    if (used * group_entries > P && lane / 2 >= P % group_entries)
-      for (int stage = 0; stage < stages; ++stage) reinterpret_cast<uint4*>(corrections_at(stage, used - 1))[lane] = uint4{};
+#pragma unroll
+    for (int copy = 0; copy < Corrections::copies; ++copy)
+      if (used * group_entries > P && Corrections::entry_of(lane, copy) >= P % group_entries)
+        for (int stage = 0; stage < stages; ++stage) corrections_at(stage, used - 1).clear(copy);
     static_assert(stages == 2);
     if (next.h < end_head) {
       fetch_corrections(0, next);
@@ -515,15 +275,20 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
     if (next.h < end_head) fetch_corrections(1, next);
     good = row.record.is_permutation(p, n, lane, warp == 0);
     if (good && has_tokens && blockIdx.x == 0)
-      store_entry<token_tile>(p, row, tokens_head, own_tokens, tokens,
-                              row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring), lane);
+      store_entry<Entry, token_tile>(p, row, tokens_head, own_tokens, tokens,
+                                     row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring), lane);
     if (next.h < end_head) {
       Rows(copied + stage_bytes, copied_lane, p.value_dim).template fetch<streams>(next.state);
       advance(next);
     }
     __pipeline_commit();
   }
-  const int new_place = row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring);
+  // A lane has of new corrections those that lie together: of two value rows of a token in 16 bits, of two tokens in 32.
+  constexpr int new_entries = token_tile == 1 || sizeof(Entry) == 2 ? 1 : 2;
+  const auto new_token = [&](int e) { return token_tile == 1 ? 0 : sizeof(Entry) == 2 ? g : 2 * c + e; };
+  int new_places[new_entries];
+#pragma unroll
+  for (int e = 0; e < new_entries; ++e) new_places[e] = row.record.place_of(P + new_token(e), window.ring);
   if (good && has_entries) {
     if (has_tokens && tokens_head != entries_head) tokens.fetch(p, row.batch, entries_head, count, g, c, row.first_token);
     entries.prepare(p, row, entries_head, own_entries, tokens, notes_of);
@@ -548,7 +313,13 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   for (unsigned h = first_head; h < end_head; ++h) {
     std::uint16_t* o = static_cast<std::uint16_t*>(p.o.data);
     if (has_o) o += offset_of(p.o, row.batch, row.first_token + static_cast<unsigned>(o_token), h);
-    std::uint16_t* new_corrections = corrections + product(h, window.corrections.strides[1]) + new_place * correction_stride;
+    Entry* new_corrections[new_entries];
+#pragma unroll
+    for (int e = 0; e < new_entries; ++e)
+      new_corrections[e] = corrections + product(h, window.corrections.strides[1]) + new_places[e] * correction_stride +
+                           (token_tile == 1      ? g + c % 2 * 8
+                            : sizeof(Entry) == 2 ? 2 * c
+                                                 : g);
     const Notes notes = notes_of(h);
     if (left_of_team == 0) {
       left_of_team = team;
@@ -567,17 +338,15 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
 #pragma unroll
       for (int block = 0; block < blocks; ++block) mixes[block] = notes.mix(0, block);
     float value_factor = 0, key_factor = 0, query_factor = 0;
-    std::uint16_t* result = nullptr;
     if constexpr (token_tile == 1) {
       // All lanes have S k and S q of the rows g and g + 8; they store the outputs of these and their corrections.
       const float* const factors = notes.numbers();
       const float factor = c < 2 ? factors[3] : factors[4];
       value_factor = factor * factors[0], key_factor = factor * factors[1], query_factor = c < 2 ? factors[2] : 0.0f;
-      result = (c < 2 ? o : new_corrections) + g + c % 2 * 8;
+      o += g + c % 2 * 8;
     } else {
       notes.pass(tokens, false);
       o += 2 * c;
-      new_corrections += 2 * c;
     }
     const std::uint16_t* const values = notes.values(groups) + (token_tile == 1 ? g : g * p.value_dim + 2 * c);
 
@@ -606,24 +375,24 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
           if constexpr (chains == 2) products[0][block][e] += products[1][block][e];
           products[0][block][e] *= checkpoint_decay;
         }
-      const auto load_corrections = [&](std::uint32_t(&words)[4], int group) {
-        load_transposed(words, corrections_at(stage, group) + ((lane / 16 * 8 + lane % 8) * 2 + lane / 8 % 2) * 16);
-      };
-      const auto add_entries = [&](float(&d)[4], const std::uint32_t(&a)[4], const Mix& mix) {
+      const auto add_entries = [&](float(&d)[4], const Pair(&a)[Corrections::parts][4], const Mix& mix) {
 #pragma unroll
-        for (int part = Mix::parts - 1; part >= 0; --part)
-          multiply_add(d, a[0], a[1], a[2], a[3], mix.pairs[part][0], mix.pairs[part][1]);
+        for (int number = Mix::parts - 1; number >= 0; --number)
+#pragma unroll
+          for (int part = Corrections::parts - 1; part >= 0; --part)
+            if (number + part < Mix::parts)
+              multiply_add(d, a[part][0], a[part][1], a[part][2], a[part][3], mix.pairs[number][0], mix.pairs[number][1]);
       };
       if (used > 0) {
-        std::uint32_t a[4];
-        load_corrections(a, 0);
+        Pair a[Corrections::parts][4];
+        corrections_at(stage, 0).load(a);
 #pragma unroll
         for (int block = 0; block < blocks; ++block) add_entries(products[0][block], a, mixes[block]);
       }
 #pragma unroll 1
       for (int group = 1; group < used; ++group) {
-        std::uint32_t a[4];
-        load_corrections(a, group);
+        Pair a[Corrections::parts][4];
+        corrections_at(stage, group).load(a);
 #pragma unroll
         for (int block = 0; block < blocks; ++block) add_entries(products[0][block], a, notes.mix(group, block));
       }
@@ -634,7 +403,15 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
           return value_factor * v + key_factor * products[0][0][2 * half] + query_factor * products[0][0][2 * half + 1];
         };
         const float first = result_of(0), second = result_of(1);
-        result[first_value] = __bfloat16_as_ushort(__float2bfloat16_rn(c % 2 == 0 ? first : second));
+        const float result = c % 2 == 0 ? first : second;
+        if constexpr (sizeof(Entry) == 2) {
+          auto* const to = c < 2 ? reinterpret_cast<Entry*>(o) : new_corrections[0];
+          to[first_value] = __float2bfloat16_rn(result);
+        } else if (c < 2) {
+          o[first_value] = __bfloat16_as_ushort(__float2bfloat16_rn(result));
+        } else {
+          new_corrections[0][first_value] = result;
+        }
       } else {
         float in[1][2][2] = {}, out[1][4] = {}, u[1][4] = {};
 #pragma unroll
@@ -654,17 +431,24 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
         for (int half = 0; half < 2; ++half) {
           const Pair pair = transposed(narrow(out[0][2 * half], out[0][2 * half + 1], __nv_bfloat16{}));
           if (has_o) *reinterpret_cast<Pair*>(o + first_value + 8 * half) = pair;
-          const Pair entry =
-              transposed(narrow(tokens.key_norm[0] * u[0][2 * half], tokens.key_norm[1] * u[0][2 * half + 1], __nv_bfloat16{}));
-          if (g < count) *reinterpret_cast<Pair*>(new_corrections + first_value + 8 * half) = entry;
+          const float entry[2] = {tokens.key_norm[0] * u[0][2 * half], tokens.key_norm[1] * u[0][2 * half + 1]};
+          if constexpr (sizeof(Entry) == 2) {
+            const Pair words = transposed(narrow(entry[0], entry[1], __nv_bfloat16{}));
+            if (g < count) *reinterpret_cast<Pair*>(new_corrections[0] + first_value + 8 * half) = words;
+          } else {
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (new_token(e) < count) new_corrections[e][first_value + 8 * half] = entry[e];
+          }
         }
       }
 
       const Rows copy(copied + stage * stage_bytes, copied_lane, p.value_dim);
       if (folds) {
         State* const to = static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h);
-        fold<overlaps>(rows, notes, used, load_corrections,
-                       to + (first_value * Rows::row_step + Rows::vector_offset(lane, p.value_dim)));
+        fold<overlaps>(
+            rows, notes, used, [&](int group) { return corrections_at(stage, group); },
+            to + (first_value * Rows::row_step + Rows::vector_offset(lane, p.value_dim)));
         if constexpr (value_last) {
           synchronise();
           copy.write(to + (first_value + (copied_warp - warp) * Rows::rows + Rows::lane_offset(copied_lane, p.value_dim)));

@@ -56,6 +56,7 @@ class StateColumns {
   static constexpr int run_keys = 4 * lanes_of<State>, pairs = run_keys / 8, run_step = 0;
   __device__ static int place_of_pair(int i, int pair, int c) { return 16 * i + 4 * c + pair; }
   __device__ static int vector_offset(int, int) { return 0; }
+  __device__ __forceinline__ static int run(int run) { return run; }
   __device__ __forceinline__ void store_sum(State*, int run, float decay, const float (&more)[pairs][4]) const {
 #pragma unroll
     for (int pair = 0; pair < pairs; pair += narrow_state ? 2 : 1) {

@@ -61,16 +61,25 @@ class StateRows {
   __device__ static int place_of_pair(int i, int pair, int c) {
     return 16 * i + (narrow_state ? 4 * pair + c : c / 2 * 8 + pair % 2 * 4 + c % 2 * 2 + pair / 2);
   }
-  /// Of a run: decay times the state plus more, as products have it. `to`: the lane's vector of row g, which is vector_offset()
-  /// from the first row's first key of the run.
+  /// Where the lane's vector of row g is, from the first row's first key of the run.
   __device__ static int vector_offset(int lane, int /*value_dim*/) { return lane / 4 * key_dim + lane % 4 * lanes_of<State>; }
-  __device__ __forceinline__ void store_sum(State* to, int run, float decay, const float (&more)[pairs][4]) const {
+  struct Run {
+    uint4 vectors[2];
+  };
+  __device__ __forceinline__ Run run(int run) const {
     const int g = lane_ / 4, c = lane_ % 4;
+    Run out;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      out.vectors[half] = *reinterpret_cast<const uint4*>(
+          at_shared(memory_ + (8 * half + g) * line_bytes + static_cast<std::uint32_t>(((4 * run + c) ^ swizzle(g)) * 16)));
+    return out;
+  }
+  /// Decay times the run plus more, as products have it. `to`: the lane's vector, see vector_offset().
+  __device__ __forceinline__ static void store_sum(State* to, const Run& run, float decay, const float (&more)[pairs][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto* const at =
-          at_shared(memory_ + (8 * half + g) * line_bytes + static_cast<std::uint32_t>(((4 * run + c) ^ swizzle(g)) * 16));
-      const uint4 old = *reinterpret_cast<const uint4*>(at);
+      const uint4& old = run.vectors[half];
       std::uint32_t words[4] = {old.x, old.y, old.z, old.w};
       float x[lanes_of<State>];
       unpack<State>(words, x);
