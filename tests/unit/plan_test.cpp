@@ -70,7 +70,7 @@ class Watching final : public Backend {
  public:
   std::map<std::pair<Kernel, int>, int> calls;
   std::map<DType, int> serving_inputs;  ///< of calls of the serving kernel
-  int half_chunks = 0, fast_trees = 0, recurrent_trees = 0, fast_sequences = 0, fast_value_last = 0;
+  int half_chunks = 0, fast_trees = 0, recurrent_trees = 0, fast_sequences = 0, fast_value_last = 0, fast_float_entries = 0;
   bool computes = true;
 
   std::string_view name() const noexcept override { return "watching"; }
@@ -86,6 +86,7 @@ class Watching final : public Backend {
     fast_trees += call.problem.tree && plan.kernel == Kernel::replay;
     recurrent_trees += call.problem.tree && plan.kernel == Kernel::recurrent;
     fast_sequences += call.arguments->cu_seqlens.defined() && plan.kernel == Kernel::replay;
+    fast_float_entries += plan.kernel == Kernel::replay && plan.entries == DType::f32;
     fast_value_last += plan.kernel == Kernel::replay && plan.value_last;
     if (computes) reference_.forward(call);
   }
@@ -108,12 +109,15 @@ TEST_CASE("the tables of launches are complete and ascend") {
         for (const Stores stores : {Stores::none, Stores::last, Stores::each})
           for (const auto& [token_tile, inputs] : {std::pair{1, DType::bf16},
                                                    {8, DType::bf16},
+                                                   {1, DType::f16},
                                                    {8, DType::f16},
                                                    {8, DType::f32},
                                                    {16, DType::bf16},
                                                    {16, DType::f16}}) {
             Plan plan;
             plan.kernel = kernel, plan.value_last = value_last, plan.token_tile = token_tile, plan.inputs = inputs;
+            // Entries are a matter of one kernel, which has bfloat16 inputs: in place of other inputs it gets other entries.
+            if (kernel == Kernel::replay) plan.entries = inputs == DType::bf16 ? DType::bf16 : DType::f32;
             const Choices rows = choices(plan, state, stores);
             REQUIRE(rows.begin < rows.end);
             for (const Choice* row = rows.begin; row < rows.end; ++row) {
@@ -294,6 +298,7 @@ TEST_CASE("random windows reach every form of the fast kernels") {
   CHECK(watching.recurrent_trees >= 5);
   CHECK(watching.fast_sequences >= 3);
   CHECK(watching.fast_value_last >= 3);
+  CHECK(watching.fast_float_entries >= 3);
   CHECK(watching.calls[{Kernel::generic, 0}] >= 5);
 }
 

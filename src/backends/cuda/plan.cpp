@@ -56,6 +56,10 @@ constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
 constexpr Choice replay_value_last_one_token[] = {{128, {1, 4, 16}}, {512, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_value_last_16_bit[] = {{128, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_value_last_32_bit[] = {{128, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
+// Windows of float32 entries, K-last.
+constexpr Choice replay_float_one_token[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {4, 4, 32}}};
+constexpr Choice replay_float_16_bit[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_float_32_bit[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {no_bound, {1, 2, 64}}};
 constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
 constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
 constexpr Choice chunks_rows[] = {{64, {4, 8, 16}}, {128, {4, 12, 16}}, {no_bound, {0, 4, 16}}};
@@ -177,6 +181,8 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
   if (plan.kernel == Kernel::verify) return all(verify_rows);
   if (plan.kernel == Kernel::chunks) return plan.inputs == DType::bf16 ? all(chunks_rows) : all(split_chunks_rows);
   if (plan.kernel == Kernel::replay) {
+    if (plan.entries == DType::f32 && !plan.value_last)
+      return plan.token_tile == 1 ? all(replay_float_one_token) : by_state(replay_float_16_bit, replay_float_32_bit);
     if (plan.token_tile == 1) return plan.value_last ? all(replay_value_last_one_token) : all(replay_one_token);
     return plan.value_last ? by_state(replay_value_last_16_bit, replay_value_last_32_bit)
                            : by_state(replay_16_bit, replay_32_bit);
