@@ -31,7 +31,7 @@ class ScenarioGenerator {
     choose_config();
     s_.capacity = random_.pick<std::int64_t>({4, 4, 5, 8, 16, 16, 32, 64});
     s_.max_tokens = random_.chance(0.5) ? s_.capacity : random_.integer(1, s_.capacity);
-    s_.entries = serving_ ? DType::bf16 : random_.pick({DType::f32, DType::bf16});
+    s_.entries = serving_ && random_.chance(0.4) ? DType::bf16 : random_.pick({DType::f32, DType::bf16});
     s_.slots = random_.integer(1, 6) + std::max<std::int64_t>(0, s_.config.null_slot + 1);
     const std::int64_t H = s_.config.heads(), K = s_.config.key_dim, V = s_.config.value_dim;
     s_.state = dense(s_.config.dtypes.state, {s_.slots, H, V, K});
