@@ -4,8 +4,9 @@
 #include "backends/cuda/coefficients.cuh"
 #include "backends/cuda/replay_entries.cuh"
 
-// The serving form (see serving.cuh) with a replay window of bfloat16 entries. With the P entries (k_j, u_j), whose decays up
-// to the last one are gamma_j (gamma: that of the checkpoint S), the state that the tokens meet is
+// The serving form (see serving.cuh) with a replay window of bfloat16 entries, or of float32 ones as sums of three bfloat16
+// numbers. With the P entries (k_j, u_j), whose decays up to the last one are gamma_j (gamma: that of the checkpoint S), the
+// state that the tokens meet is
 //
 //     gamma S + sum_j gamma_j u_j k_j^T      and so      D = gamma S [k q] + U M      with M_j = gamma_j k_j [k q]
 //
