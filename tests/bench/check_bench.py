@@ -62,8 +62,9 @@ def check_rows(folder):
     check({(r["op"], r["batch"], r["tokens"], r["state_dtype"], r["threads"], r["layout"]) for r in rows} ==
           {("decode", b, 1, s, t, "kv") for b in (1, 3) for s in ("f32", "bf16") for t in (1, 2)}, "decode cases")
     check(all(r["instances"] > 1 and r["cache"] in ("cold", "mixed") for r in rows), "states rotate")
-    rows = rows_of(folder, "--op", "decode", "--batch", "1", "--warm")
+    rows = rows_of(folder, "--op", "decode", "--batch", "1", "--warm", "--traffic")
     check([(r["instances"], r["cache"]) for r in rows] == [(1, "warm")], "a warm state does not rotate")
+    check("traffic_us" not in rows[0], "on the host there is no kernel for a call's traffic")
     rows = rows_of(folder, "--op", "verify", "--batch", "2", "--dtype", "f16", "--threads", "1")
     check([(r["op"], r["tokens"], r["dtype"]) for r in rows] == [("verify", 4, "f16"), ("verify", 8, "f16")], "verify cases")
     rows = rows_of(folder, "--op", "prefill", "--tokens", "70", "--threads", "1")
