@@ -386,6 +386,18 @@ std::function<void()> best_move(bench::Platform& platform, bench::Workload& work
   return moves[fastest(platform, moves, effort)];
 }
 
+/// A cycle of calls with a window, each on the next arguments, with the accepts that follow them.
+template <class Call>
+std::function<void()> cycle_of(bench::Workload& workload, const Case& item, const GatedDeltaRule& rule, Call call) {
+  return [&workload, rule, call, layers = item.layers, cycle = item.cycle()] {
+    for (std::int64_t i = 1; i <= cycle; ++i) {
+      const Arguments& arguments = workload.next();
+      call(arguments);
+      if (i % layers == 0) rule.accept(workload.accept(arguments));
+    }
+  };
+}
+
 /// The arguments of a call that has no window.
 Arguments without_window(Arguments arguments) {
   arguments.window = nullptr, arguments.parent = {};
@@ -414,13 +426,9 @@ std::vector<std::function<void()>> best_call_moves(bench::Platform& platform, be
     if (form == 1)
       out.push_back(moves[best]);
     else
-      out.emplace_back([&platform, &workload, &item, rule, shape = shapes[best]] {
-        for (std::int64_t call = 1; call <= item.cycle(); ++call) {
-          const Arguments& arguments = workload.next();
-          platform.move_call(workload.call_traffic(arguments), shape);
-          if (call % item.layers == 0) rule.accept(workload.accept(arguments));
-        }
-      });
+      out.push_back(cycle_of(workload, item, rule, [&platform, &workload, shape = shapes[best]](const Arguments& arguments) {
+        platform.move_call(workload.call_traffic(arguments), shape);
+      }));
   }
   return out;
 }
@@ -451,13 +459,7 @@ void run(const Options& options) {
     for (Backend* backend : job.backends) {
       const GatedDeltaRule rule(item.config(), *backend);
       if (item.window > 0)
-        subjects.emplace_back([&workload, rule, layers = item.layers, cycle = item.cycle()] {
-          for (std::int64_t call = 1; call <= cycle; ++call) {
-            const Arguments& arguments = workload.next();
-            rule.forward(arguments);
-            if (call % layers == 0) rule.accept(workload.accept(arguments));
-          }
-        });
+        subjects.push_back(cycle_of(workload, item, rule, [rule](const Arguments& arguments) { rule.forward(arguments); }));
       subjects.emplace_back([&workload, rule] { rule.forward(without_window(workload.next())); });
     }
     const std::size_t forms = item.window > 0 ? 2 : 1;
