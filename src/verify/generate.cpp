@@ -26,7 +26,7 @@ constexpr Family all_families[] = {
     {"invariants", Tokens::mixed,  100'000,  0.2, 0.5, 0.2, 0.2, 0.2, 0.3, 0.2, 0.2},
     {"errors",     Tokens::few,    2'000,    0.3, 0.8, 0.5, 0.5, 0.2, 0.5, 0.1, 0.2},
     {"any",        Tokens::mixed,  100'000,  0.3, 0.6, 0.3, 0.3, 0.3, 0.4, 0.3, 0.4},
-    {"serving",    Tokens::draft,  300'000,  0.0, 0.8, 0.3, 0.3, 0.2, 0.3, 0.0, 0.0, true},
+    {"serving",    Tokens::draft,  500'000,  0.0, 0.8, 0.3, 0.3, 0.2, 0.3, 0.0, 0.0, true},
     {"chunks",     Tokens::many,   500'000,  0.4, 0.8, 0.1, 0.1, 0.2, 0.3, 0.0, 0.0, true},
 };
 // clang-format on
@@ -95,7 +95,7 @@ class Generator {
         return random_.chance(0.4) ? random_.pick<std::int64_t>({1, 2, 3, 5, 7, 8, 16, 17, 31, 32, 33, 48})
                                    : random_.pick<std::int64_t>({64, 64, 100, 128, 128, 128, 192, 256});
       };
-      config.key_dim = family_.serving ? random_.pick<std::int64_t>({64, 128}) : width();
+      config.key_dim = family_.serving ? random_.pick<std::int64_t>({64, 128, 256}) : width();
       if (random_.chance(0.4))
         config.value_dim = config.key_dim;
       else

@@ -40,7 +40,7 @@ class ScenarioGenerator {
     strength_ = random_.pick({0.001, 0.1, 1.0, 30.0});
     for (std::int64_t i = 0; i < s_.state.elements(); ++i)
       s_.state.values.push_back(rounded(s_.state.dtype, 0.1 * random_.normal()));
-    const bool long_rows = random_.chance(0.3);
+    const bool long_rows = random_.chance(serving_ ? 0.5 : 0.3);
     const std::int64_t steps = random_.integer(2, 10);
     for (std::int64_t i = 0; i < steps; ++i) add_step(long_rows);
     return std::move(s_);

@@ -112,6 +112,26 @@ TEST_CASE("recurrent") {
       }
 }
 
+TEST_CASE("recurrent, what is for no other kernel") {
+  for (const DType state : states)
+    for (const bool value_last : {false, true}) {
+      // States after each of many tokens, also in a dtype of their own.
+      for (const bool other : {false, true}) {
+        Form form{state, 17, 128, 64, {}, 1, 2, other, value_last, true, other};
+        form.other_snapshots = other;
+        check(form, Kernel::recurrent, 0);
+      }
+      // Keys of 256 elements and many tokens, inputs of more than one part.
+      check({state, 9, 256, 96, {}, 1, 2, true, value_last}, Kernel::recurrent, 0);
+      for (const std::int64_t K : {128, 256})
+        for (const bool usual : {true, false}) {
+          Form form{state, 11, K, 64, {}, 1, 2, usual, value_last};
+          form.inputs = DType::f32;
+          check(form, Kernel::recurrent, 0);
+        }
+    }
+}
+
 TEST_CASE("recurrent, with a window") {
   for (const DType state : states)
     for (const DType entries : {DType::bf16, DType::f32})
@@ -121,9 +141,11 @@ TEST_CASE("recurrent, with a window") {
             if (state == DType::f16 && P != 7) continue;  // as bfloat16
             const std::int64_t T = P == 7 ? 11 : P == 37 ? 20 : 1;
             if (K < 256 && T <= 8) continue;  // the fast form
-            Form form{state, T, K, P == 16 ? 160 : 96, {}, 2, 4, P == 7, value_last, false, true, P == 37 ? 48 : 16, P};
+            Form form{
+                state, T, K, P == 16 ? 160 : 96, shape(2, 2, 16), 2, 4, P == 7, value_last, false, true, P == 37 ? 48 : 16, P};
             form.entry_dtype = entries;
-            check(form, Kernel::recurrent, 0);
+            const bool passes = K < 256;
+            check(form, passes ? Kernel::replay : Kernel::recurrent, passes ? 8 : 0);
             form.tree = true;
             if (T > 1) check(form, Kernel::recurrent, 0);
           }
@@ -160,6 +182,17 @@ TEST_CASE("serving") {
         check(dependent, Kernel::serving, tile);
       }
     }
+}
+
+TEST_CASE("serving, keys of 256 elements") {
+  for (const DType state : states)
+    for (const std::int64_t T : {2, 3, 4, 5, 8})
+      for (const bool usual : {true, false}) {
+        const int tile = tile_of(T);
+        check({state, T, 256, 64, shape(0, 2, 32), 1, 2, usual}, Kernel::serving, tile);
+        check({state, T, 256, 96, shape(0, 4, 16), 1, 2, usual}, Kernel::serving, tile);
+        check({state, T, 256, 64, shape(0, 1, 64), 2, 4, usual, false, false, false}, Kernel::serving, tile);
+      }
 }
 
 TEST_CASE("serving, inputs that are not bfloat16") {
@@ -263,28 +296,4 @@ TEST_CASE("how a call is cut into blocks does not change a bit") {
         agree({state, T, 128, 64, {}, 2, 4, true, false, false, true, 16, P}, Kernel::replay, tile_of(T),
               {shape(1, 4, 16), shape(2, 4, 32), shape(1, 1, 64), shape(4, 4, 16), shape(3, 4, 32)});
   }
-}
-
-TEST_CASE("verify") {
-  for (const DType state : states)
-    for (const std::int64_t T : {5, 17}) {
-      // A key dimension that is not for the serving form, or states after each of too many tokens.
-      check({state, T, 256, 64, shape(0, 1, 32), 1, 2, true}, Kernel::verify, 8);
-      if (T > 16) {
-        // V-last states after each token are for the recurrence, but for those in a dtype of their own.
-        Form form{state, T, 128, 64, shape(0, 1, 16), 1, 2, true, true, true};
-        form.other_snapshots = true;
-        check(form, Kernel::verify, 16);
-      }
-      // Inputs of more than one part, normalised or not, in one turn and in several.
-      for (const DType inputs : {DType::f16, DType::f32})
-        for (const std::int64_t K : {128, 256})
-          for (const bool usual : {true, false}) {
-            Form form{state, T, K, 64, shape(0, 1, 32), 1, 2, usual};
-            form.inputs = inputs;
-            form.value_last = T <= 8 && K == 128;                     // K-last is for serving
-            if (T > 8 && K == 128 && inputs == DType::f16) continue;  // for chunks
-            check(form, Kernel::verify, T <= 8 || K == 256 ? 8 : 16);
-          }
-    }
 }

@@ -18,11 +18,10 @@ std::int64_t entries_of(const Form& form, std::int64_t n) {
   return n == 0 ? form.entries : std::max<std::int64_t>(form.entries - 3, 0);
 }
 
-/// To bfloat16.
-double rounded(double x) {
-  std::uint16_t stored = 0;
-  store_element(&stored, DType::bf16, x);
-  return load_element(&stored, DType::bf16);
+double rounded(DType dtype, double x) {
+  std::uint32_t stored = 0;
+  store_element(&stored, dtype, x);
+  return load_element(&stored, dtype);
 }
 
 /// Elements of the last dimensions that are not what they were.
@@ -192,7 +191,7 @@ Result Scene::run(cuda::Kernel kernel, int token_tile) {
   if (result.fault.empty() && fault.kind != 0) result.fault = text(fault);
   if (!result.fault.empty()) return result;
   for (std::int64_t n = 0; n < rows; ++n)
-    for (std::int64_t h = 0; h < form_.heads; ++h) expect(result, n, h, kernel == cuda::Kernel::recurrent);
+    for (std::int64_t h = 0; h < form_.heads; ++h) expect(result, n, h, kernel == cuda::Kernel::recurrent ? 1 : 8);
   count_untouched(result);
   return result;
 }
@@ -205,7 +204,7 @@ std::string Scene::bits() const {
   return out;
 }
 
-void Scene::expect(Result& result, std::int64_t n, std::int64_t h, bool as_stored) {
+void Scene::expect(Result& result, std::int64_t n, std::int64_t h, std::int64_t pass) {
   const std::int64_t T = form_.tokens, K = form_.key_dim, V = form_.value_dim, slot = read_slots[n];
   const std::int64_t hk = h / (form_.heads / form_.k_heads), P = entries_of(form_, n);
   if (slot < 0) {
@@ -247,10 +246,18 @@ void Scene::expect(Result& result, std::int64_t n, std::int64_t h, bool as_store
     for (std::int64_t k = 0; k < K; ++k) sum += load(tensor, n, t, hk, k) * load(tensor, n, t, hk, k);
     return 1 / std::sqrt(sum);
   };
-  std::vector<std::vector<double>> after(static_cast<std::size_t>(T));  // each token
+  std::vector<std::vector<double>> after(static_cast<std::size_t>(T)), stored(after);  // each token
   const std::vector<double> first = S;
+  std::vector<double> checkpoint = S;
+  if (pass > 1 && form_.capacity > 0 && P + T > form_.capacity)
+    each([&](std::int64_t v, std::int64_t k) {
+      checkpoint[static_cast<std::size_t>(v * K + k)] = load(in_.state, slot, h, v, k);
+    });
   for (std::int64_t t = 0; t < T; ++t) {
-    S = before(n, t) < 0 ? first : after[static_cast<std::size_t>(before(n, t))];
+    const std::int64_t last = before(n, t);
+    S = last < 0 ? first : (t % pass == 0 ? stored : after)[static_cast<std::size_t>(last)];
+    std::vector<double>& kept = stored[static_cast<std::size_t>(t)];
+    kept = last < 0 ? checkpoint : stored[static_cast<std::size_t>(last)];
     double g, beta;
     if (form_.usual) {
       g = -std::exp(load(in_.A_log, h)) * std::log1p(std::exp(load(in_.a, n, t, h) + load(in_.dt_bias, h)));
@@ -267,15 +274,15 @@ void Scene::expect(Result& result, std::int64_t n, std::int64_t h, bool as_store
       double* const s = &at(v, 0);
       double recalled = 0, out = 0;
       for (std::size_t k = 0; k < key.size(); ++k) {
-        s[k] *= std::exp(g);
+        s[k] *= std::exp(g), kept[v * K + k] *= std::exp(g);
         recalled += s[k] * key[k];
       }
       const double u = beta * (load(in_.v, n, t, h, v) - recalled);
-      double kept = u;
-      if (as_stored && form_.capacity > 0 && form_.entry_dtype == DType::bf16) kept = rounded(key_factor * u) / key_factor;
+      const bool rounds = form_.capacity > 0 && form_.entry_dtype == DType::bf16;
+      const double entry = rounds ? rounded(DType::bf16, key_factor * u) / key_factor : u;
       for (std::size_t k = 0; k < key.size(); ++k) {
-        out += (s[k] + u * key[k]) * query[k];
-        s[k] += kept * key[k];
+        s[k] += u * key[k], kept[v * K + k] += entry * key[k];
+        out += s[k] * query[k];
       }
       result.output.add(load(in_.o, n, t, h, v), out);
       if (form_.capacity > 0) result.corrections.add(load(window_.corrections, slot, h, place, v), key_factor * u);

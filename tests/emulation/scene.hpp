@@ -84,8 +84,8 @@ class Scene {
   /// The token before t, or -1.
   std::int64_t before(std::int64_t n, std::int64_t t) const;
 
-  /// `as_stored`: tokens see the corrections of others in the dtype of entries.
-  void expect(Result& result, std::int64_t n, std::int64_t h, bool as_stored);
+  /// `pass`: so many tokens see what those before them have left behind as it is stored, and each other's as it is.
+  void expect(Result& result, std::int64_t n, std::int64_t h, std::int64_t pass);
   void count_untouched(Result& result) const;
 
   Form form_;

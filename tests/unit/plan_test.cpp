@@ -71,6 +71,7 @@ class Watching final : public Backend {
   std::map<std::pair<Kernel, int>, int> calls;
   std::map<DType, int> serving_inputs;  ///< of calls of the serving kernel
   int half_chunks = 0, fast_trees = 0, recurrent_trees = 0, fast_sequences = 0, fast_value_last = 0, fast_float_entries = 0;
+  int fast_passes = 0, long_keys = 0;  ///< windows of more than 8 tokens, serving with K = 256
   bool computes = true;
 
   std::string_view name() const noexcept override { return "watching"; }
@@ -88,6 +89,8 @@ class Watching final : public Backend {
     fast_sequences += call.arguments->cu_seqlens.defined() && plan.kernel == Kernel::replay;
     fast_float_entries += plan.kernel == Kernel::replay && plan.entries == DType::f32;
     fast_value_last += plan.kernel == Kernel::replay && plan.value_last;
+    fast_passes += plan.kernel == Kernel::replay && make_replay_params(call).most_tokens() > 8;
+    long_keys += plan.long_keys;
     if (computes) reference_.forward(call);
   }
   void commit(const Config& config, const CommitArguments& in) override { reference_.commit(config, in); }
@@ -103,7 +106,7 @@ class Watching final : public Backend {
 }  // namespace
 
 TEST_CASE("the tables of launches are complete and ascend") {
-  for (const Kernel kernel : {Kernel::decode, Kernel::verify, Kernel::serving, Kernel::chunks, Kernel::replay})
+  for (const Kernel kernel : {Kernel::decode, Kernel::serving, Kernel::chunks, Kernel::replay})
     for (const DType state : {DType::f32, DType::f16, DType::bf16})
       for (const bool value_last : {false, true})
         for (const Stores stores : {Stores::none, Stores::last, Stores::each})
@@ -122,9 +125,7 @@ TEST_CASE("the tables of launches are complete and ascend") {
             REQUIRE(rows.begin < rows.end);
             for (const Choice* row = rows.begin; row < rows.end; ++row) {
               CHECK(row->shape.warps >= 1);
-              CHECK(row->shape.warps <= (kernel == Kernel::verify   ? 1
-                                         : kernel == Kernel::chunks ? inputs == DType::bf16 ? 12 : 8
-                                                                    : 4));
+              CHECK(row->shape.warps <= (kernel != Kernel::chunks ? 4 : inputs == DType::bf16 ? 12 : 8));
               CHECK(row->shape.span >= 1);
               if (kernel == Kernel::decode) {
                 const int size = row->shape.rows_a_lane;
@@ -163,15 +164,17 @@ TEST_CASE("a call's form decides its kernel, the number of rows its shape alone"
             Form form{.tokens = tokens, .key_dim = key_dim, .state = state, .value_last = value_last, .variable = variable};
             form.rows = 1;
             const Plan one = plan_of(form);
-            const bool serving = !variable && key_dim <= 128 && tokens >= 2 && tokens <= 16;
+            const bool wide = key_dim > 128;
+            const bool serving = !variable && tokens >= 2 && tokens <= (wide ? 8 : 16) && !(wide && value_last);
             const bool chunks = key_dim <= 128 && (variable || tokens > 16);
-            CHECK(one.kernel == (serving                    ? Kernel::serving
-                                 : chunks                   ? Kernel::chunks
-                                 : tokens == 1 && !variable ? Kernel::decode
-                                                            : Kernel::verify));
+            const bool decode = tokens == 1 && !variable;
+            CHECK(one.kernel == (serving  ? Kernel::serving
+                                 : chunks ? Kernel::chunks
+                                 : decode ? Kernel::decode
+                                          : Kernel::recurrent));
             if (serving) CHECK(one.token_tile == (tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16));
             CHECK(one.value_last == value_last);
-            CHECK(one.common == !chunks);  // which have no form of their own for these
+            CHECK(one.common == (decode || (serving && !wide)));  // what has a form of its own for these
             for (const std::int64_t rows : {2, 7, 64, 512, 70000}) {
               form.rows = rows;
               const Plan many = plan_of(form);
@@ -182,18 +185,13 @@ TEST_CASE("a call's form decides its kernel, the number of rows its shape alone"
           }
 }
 
-TEST_CASE("sequences of one length are cut into the same turns whatever else the call has") {
+TEST_CASE("sequences of one length have one kernel whatever else the call has") {
   for (const std::int64_t key_dim : {64, 128, 256})
     for (const std::int64_t length : {1, 8, 9, 16, 17}) {
-      // Chunks are of one size. Turns of the longest tile that any plan of such a call may have must not split a row that
-      // another plan does not split.
       const Plan alone = plan_of({.rows = 1, .tokens = length, .key_dim = key_dim, .variable = true});
       const Plan crowd = plan_of({.rows = 9, .tokens = length + 1000, .key_dim = key_dim, .variable = true});
       CHECK(alone.kernel == crowd.kernel);
-      if (alone.kernel == Kernel::chunks) continue;
-      const bool alone_once = length <= alone.token_tile, crowd_once = length <= crowd.token_tile;
-      CHECK(alone_once == crowd_once);
-      if (!alone_once) CHECK(alone.token_tile == crowd.token_tile);
+      CHECK(alone.token_tile == crowd.token_tile);
     }
 }
 
@@ -215,15 +213,14 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
     CHECK(plan_of({.tokens = 4, .activations = other, .snapshots = true}).kernel ==
           (other == DType::f32 ? Kernel::recurrent : Kernel::serving));
     const bool half = other == DType::f16;
-    CHECK(plan_of({.tokens = 9, .activations = other}).kernel == (half ? Kernel::serving : Kernel::verify));
+    CHECK(plan_of({.tokens = 9, .activations = other}).kernel == (half ? Kernel::serving : Kernel::recurrent));
     for (const bool value_last : {false, true}) {
       const Plan many = plan_of({.tokens = 17, .activations = other, .value_last = value_last});
-      CHECK(many.kernel == (half ? Kernel::chunks : Kernel::verify));
+      CHECK(many.kernel == (half ? Kernel::chunks : Kernel::recurrent));
       if (half) CHECK(many.inputs == other);
     }
-    CHECK(plan_of({.tokens = 9, .activations = other, .value_last = true}).kernel == Kernel::verify);
-    CHECK(plan_of({.tokens = 4, .activations = other, .value_last = true}).kernel == Kernel::recurrent);
-    CHECK(plan_of({.tokens = 5, .activations = other, .value_last = true}).kernel == Kernel::verify);
+    for (const std::int64_t tokens : {4, 5, 9})
+      CHECK(plan_of({.tokens = tokens, .activations = other, .value_last = true}).kernel == Kernel::recurrent);
     CHECK(plan_of({.tokens = 4, .key_dim = 256, .activations = other}).kernel == Kernel::recurrent);
   }
   CHECK(plan_of({.tokens = 4, .value_last = true}).kernel == Kernel::serving);
@@ -232,7 +229,9 @@ TEST_CASE("what the fast kernels have no vectors for goes to the generic one") {
   CHECK(plan_of({.tokens = 2, .state = DType::f32, .value_last = true, .snapshots = true}).kernel == Kernel::serving);
   CHECK(plan_of({.tokens = 3, .state = DType::f32, .value_last = true, .snapshots = true}).kernel == Kernel::recurrent);
   CHECK(plan_of({.tokens = 4, .snapshots = true}).kernel == Kernel::serving);
-  CHECK(plan_of({.tokens = 17, .snapshots = true}).kernel == Kernel::verify);
+  CHECK(plan_of({.tokens = 17, .snapshots = true}).kernel == Kernel::recurrent);
+  CHECK(plan_of({.tokens = 8, .key_dim = 256, .snapshots = true}).kernel == Kernel::recurrent);
+  CHECK(plan_of({.tokens = 8, .key_dim = 256, .value_last = true}).kernel == Kernel::recurrent);
 }
 
 TEST_CASE("a block of a V-last decode has whole rows of the state where V and K allow it") {
@@ -287,7 +286,7 @@ TEST_CASE("a shape for measuring is three numbers") {
 TEST_CASE("random windows reach every form of the fast kernels") {
   Watching watching;
   verify::WindowChecker checker(watching, device::host_memory());
-  for (std::int64_t i = 0; i < 40; ++i) checker.run(verify::make_window_scenario(1, i));
+  for (std::int64_t i = 0; i < 60; ++i) checker.run(verify::make_window_scenario(1, i));
   CHECK(checker.failures().empty());
   for (const int token_tile : {1, 4, 8}) {
     CAPTURE(token_tile);
@@ -299,6 +298,7 @@ TEST_CASE("random windows reach every form of the fast kernels") {
   CHECK(watching.fast_sequences >= 3);
   CHECK(watching.fast_value_last >= 3);
   CHECK(watching.fast_float_entries >= 3);
+  CHECK(watching.fast_passes >= 3);
   CHECK(watching.calls[{Kernel::generic, 0}] >= 5);
 }
 
@@ -313,9 +313,8 @@ TEST_CASE("random cases reach every form of the fast kernels") {
       instance.add_workspace(op.workspace_size(instance.arguments()));
       op.forward(instance.arguments());
     }
-  const std::pair<Kernel, int> forms[] = {{Kernel::decode, 0},    {Kernel::verify, 8},  {Kernel::verify, 16},
-                                          {Kernel::serving, 4},   {Kernel::serving, 8}, {Kernel::serving, 16},
-                                          {Kernel::recurrent, 0}, {Kernel::chunks, 0}};
+  const std::pair<Kernel, int> forms[] = {{Kernel::decode, 0},   {Kernel::serving, 4},   {Kernel::serving, 8},
+                                          {Kernel::serving, 16}, {Kernel::recurrent, 0}, {Kernel::chunks, 0}};
   for (const auto& form : forms) {
     CAPTURE(static_cast<int>(form.first));
     CAPTURE(form.second);
@@ -323,4 +322,5 @@ TEST_CASE("random cases reach every form of the fast kernels") {
   }
   for (const DType inputs : {DType::f16, DType::f32, DType::bf16}) CHECK(watching.serving_inputs[inputs] >= 3);
   CHECK(watching.half_chunks >= 3);
+  CHECK(watching.long_keys >= 3);
 }

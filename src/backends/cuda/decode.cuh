@@ -36,7 +36,7 @@ struct DecodeTile {
 };
 
 template <class Tile>
-using DecodeRing = Ring<Tile::vectors, 4, Tile::stages>;
+using DecodeRing = Ring<Tile::vectors, Tile::stages>;
 
 template <class State, int key_dim, int size, bool common>
 __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const __grid_constant__ FastParams p) {

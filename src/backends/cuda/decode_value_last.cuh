@@ -25,7 +25,7 @@ struct ValueLastTile {
   __device__ static constexpr unsigned key_of(unsigned warp, unsigned key_lane, int i) {
     return ((i * key_lanes + key_lane) * warps + warp) * run;
   }
-  using StateRing = Ring<keys, 4, 1>;
+  using StateRing = Ring<keys, 1>;
   static constexpr int sums = 2 * values + 4;  ///< of a warp: S k and S q of each value row, and products of key and query
   static constexpr std::size_t warp_bytes = StateRing::bytes + sums * sizeof(float), block_bytes = values * sizeof(float);
 };

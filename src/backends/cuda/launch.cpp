@@ -10,13 +10,9 @@ namespace {
 constexpr std::size_t shared_without_asking = 47 * 1024;  // 48, with the kernels' own
 constexpr std::size_t most_shared = 226 * 1024;           // 227 on the devices of the fast kernels
 
-int parts_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
-
 template <DType state>
 FastKernel kernel_of(const Plan& plan, std::int64_t key_dim, bool replays) {
   switch (plan.kernel) {
-    case Kernel::recurrent:
-      return recurrent_kernel_of<state>(plan, key_dim, replays);
     case Kernel::decode:
       return decode_kernel_of<state>(plan, key_dim);
     case Kernel::serving:
@@ -26,7 +22,7 @@ FastKernel kernel_of(const Plan& plan, std::int64_t key_dim, bool replays) {
     case Kernel::replay:
       return replay_kernel_of<state>(plan, key_dim);
     default:
-      return verify_kernel_of<state>(plan, key_dim);
+      return recurrent_kernel_of<state>(plan, key_dim, replays);
   }
 }
 
@@ -116,7 +112,6 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
   }
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim, false);
   p.stores_stay = plan.shape.stores_stay, p.ahead = plan.ahead, p.early = plan.early;
-  p.parts = std::max(parts_of(p.q.dtype), parts_of(p.k.dtype));
   if (plan.kernel == Kernel::chunks) {
     p.preparing = static_cast<std::uint8_t>(plan.shape.preparing);
     const int row_warps = plan.shape.warps - plan.shape.preparing;
@@ -128,8 +123,7 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
   if (plan.kernel == Kernel::serving && plan.shape.shares > 0)
     p.share_bits = static_cast<std::uint8_t>(std::countr_zero(static_cast<unsigned>(plan.shape.shares)));
   const int stages = plan.shape.span > kernel.warp_rows ? kernel.stages : 1;
-  std::size_t warp_bytes =
-      static_cast<std::size_t>(stages) * kernel.bytes + static_cast<std::size_t>(p.parts) * kernel.part_bytes;
+  std::size_t warp_bytes = static_cast<std::size_t>(stages) * kernel.bytes;
   if (p.store_tokens || p.snapshots.data != nullptr) warp_bytes += kernel.each_bytes;
   std::size_t block_bytes = kernel.block_bytes + static_cast<std::size_t>(kernel.tokens) * kernel.token_bytes;
   if (plan.value_last && p.share_bits > 0) block_bytes += warp_bytes, warp_bytes = 0;  // all of a block have a unit together
@@ -148,7 +142,7 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
     if (bytes > most_shared) return launch_generic_replay(params, stream);
     return launch_fast(kernel, plan.shape, 0, bytes, p, rows, stream);
   }
-  const auto groups = static_cast<std::size_t>((p.window.capacity + group_entries - 1) / group_entries);
+  const auto groups = static_cast<std::size_t>(groups_of(p.window.capacity));
   const std::size_t warp_bytes = kernel.bytes + groups * kernel.group_bytes;
   p.head_bytes = static_cast<std::uint32_t>(kernel.head_bytes + groups * kernel.head_group_bytes +
                                             static_cast<std::size_t>(p.value_dim) * kernel.head_value_bytes);
@@ -160,10 +154,19 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
     p.block_heads = heads, p.team = make_group(team_of(p, heads));
     const std::uint32_t teams = (heads + p.team.count - 1) / p.team.count;
     p.token_warps = plan.token_tile == 1 ? teams : heads;
+    p.teams = make_group(teams);
+    p.entry_warps =
+        static_cast<std::uint32_t>(std::bit_floor(std::min(groups, static_cast<std::size_t>(plan.shape.warps) / teams)));
     block_bytes = heads * p.head_bytes + teams * p.team_bytes;
     if (heads == 1 || block_bytes + static_cast<std::size_t>(plan.shape.warps) * warp_bytes <= most_shared) break;
   }
-  return launch_fast(kernel, plan.shape, warp_bytes, block_bytes, p, rows, stream, static_cast<int>(heads));
+  cudaError_t status = cudaSuccess;
+  const auto tokens = static_cast<std::uint32_t>(p.most_tokens());
+  for (; status == cudaSuccess; p.passed_tokens += static_cast<std::uint32_t>(plan.token_tile)) {
+    if (p.passed_tokens > 0 && p.passed_tokens >= tokens) break;
+    status = launch_fast(kernel, plan.shape, warp_bytes, block_bytes, p, rows, stream, static_cast<int>(heads));
+  }
+  return status;
 }
 
 }  // namespace gatedelta::cuda

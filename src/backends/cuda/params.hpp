@@ -59,7 +59,6 @@ struct Params {
 
   Tensor<std::int64_t, 4> state_write;
   std::int32_t heads;
-  int parts;                 ///< of q and k as sums of bfloat16 numbers
   bool stores_stay;          ///< in the L2 cache, of the states that decode and serving store
   std::uint8_t preparing;    ///< chunks: warps of a block that do nothing else
   std::uint8_t share_bits;   ///< serving: 1 << share_bits warps have the same value rows
@@ -77,6 +76,7 @@ using ForwardParams = Params<std::int64_t>;
 using FastParams = Params<std::int32_t>;
 
 constexpr int group_entries = 16;  ///< of a window, that a product takes at a time
+__host__ __device__ constexpr int groups_of(int entries) { return (entries + group_entries - 1) / group_entries; }
 
 /// Of a block of the kernel for chunks, as registers allow.
 constexpr int chunks_max_warps(bool bfloat_inputs) { return bfloat_inputs ? 12 : 8; }
@@ -107,6 +107,9 @@ struct ReplayParams : Call {
   std::uint32_t block_heads;
   Group team;
   std::uint32_t token_warps, head_bytes, team_bytes;
+  Group teams;                  ///< of a block
+  std::uint32_t entry_warps;    ///< for those of a team, a power of two
+  std::uint32_t passed_tokens;  ///< of each row, in the passes before
 };
 
 /// Whether a tensor's elements along dimension `along` can be moved `width` at a time, in pieces of 16 bytes or all together if

@@ -30,7 +30,6 @@ constexpr Choice decode_value_last_32_bit[] = {{64, {4, 2, 1, false, Ahead::depe
                                                {128, {4, 2, 1, false, Ahead::always}},
                                                {256, {8, 4, 1, false, Ahead::always}},
                                                {no_bound, {16, 4, 1, true, Ahead::always}}};
-constexpr Choice verify_rows[] = {{256, {0, 1, 16}}, {no_bound, {0, 1, 64}}};
 constexpr Choice serving_update_16_bit[] = {
     {32, {0, 1, 16}},   {256, {0, 4, 16}},        {512, {0, 4, 32}},
     {1024, {0, 2, 64}}, {2048, {0, 2, 32, true}}, {no_bound, {0, 4, 32, true}},
@@ -40,6 +39,7 @@ constexpr Choice serving_update_32_bit[] = {
 };
 constexpr Choice serving_each_16_bit[] = {{64, {2, 2, 16}}, {256, {0, 4, 16}}, {1024, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_each_32_bit[] = {{32, {2, 2, 16}}, {128, {0, 2, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 16}}};
+constexpr Choice serving_long_keys_32_bit[] = {{128, {0, 2, 16}}, {no_bound, {0, 2, 32}}};
 constexpr Choice serving_read_16_bit[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice serving_read_32_bit[] = {{256, {0, 1, 16}}, {no_bound, {0, 2, 64}}};
 // Inputs that are not bfloat16: up to 8 tokens in float16 beside a state of 16 bits, and all others.
@@ -50,12 +50,13 @@ constexpr Choice split_each_16_bit[] = {{64, {2, 4, 16}}, {256, {0, 4, 16}}, {no
 constexpr Choice split_each_32_bit[] = {{64, {2, 4, 16}}, {128, {0, 4, 16}}, {512, {0, 4, 32}}, {no_bound, {0, 4, 16}}};
 constexpr Choice float_each_16_bit[] = {{64, {2, 4, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 32}}};
 constexpr Choice float_each_32_bit[] = {{64, {2, 4, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 16}}};
-constexpr Choice replay_one_token[] = {{256, {1, 4, 16}}, {512, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
-constexpr Choice replay_16_bit[] = {{256, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
-constexpr Choice replay_32_bit[] = {{256, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
-constexpr Choice replay_value_last_one_token[] = {{128, {1, 4, 16}}, {512, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_one_token_16_bit[] = {{64, {1, 4, 16}}, {512, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_one_token_32_bit[] = {{64, {1, 4, 16}}, {256, {1, 2, 32}}, {no_bound, {1, 2, 64}}};
+constexpr Choice replay_rows[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {no_bound, {1, 2, 64}}};
+constexpr Choice replay_value_last_one_token_16_bit[] = {{128, {1, 4, 16}}, {512, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_value_last_one_token_32_bit[] = {{128, {1, 4, 16}}, {512, {1, 2, 32}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_value_last_16_bit[] = {{128, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
-constexpr Choice replay_value_last_32_bit[] = {{128, {1, 4, 16}}, {no_bound, {1, 2, 64}}};
+constexpr Choice replay_value_last_32_bit[] = {{128, {1, 4, 16}}, {512, {1, 2, 32}}, {no_bound, {1, 2, 64}}};
 // Windows of float32 entries, K-last.
 constexpr Choice replay_float_one_token[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {4, 4, 32}}};
 constexpr Choice replay_float_16_bit[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
@@ -111,9 +112,12 @@ bool has_usual_gates(const ForwardParams& p) {
 
 int token_tile_of(std::int64_t tokens) { return tokens == 1 ? 1 : tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16; }
 
-/// More than 8 tokens move 16 bytes of v and o at a time.
-bool fits_serving(const ForwardParams& p) {
-  return p.cu_seqlens.data == nullptr && p.tokens >= 2 && p.tokens <= 16 && p.key_dim <= 128 &&
+/// More than 8 tokens move 16 bytes of v and o at a time. Keys of 256 elements: bfloat16, K-last, up to 8 tokens and no states
+/// but the last; with these the recurrence is as fast, or up to 8 % faster.
+bool fits_serving(const ForwardParams& p, bool value_last) {
+  const bool each = p.store_tokens || p.snapshots.data != nullptr;
+  return p.cu_seqlens.data == nullptr && p.tokens >= 2 && p.tokens <= 16 &&
+         (p.key_dim <= 128 || (p.q.dtype == DType::bf16 && !value_last && p.tokens <= 8 && !each)) &&
          (p.tokens <= 8 || (has_vectors(p.v, 3, 8) && has_vectors(p.o, 3, 8))) &&
          (p.snapshots.data == nullptr || p.snapshots.dtype == p.state_dtype);
 }
@@ -124,19 +128,12 @@ bool fits_chunks(const ForwardParams& p) {
          !p.store_tokens && has_vectors(p.v, 3, 8) && has_vectors(p.o, 3, 8);
 }
 
-/// Where the recurrence is the faster kernel, measured on an H200 (16/32 heads, K = V = 128). Two to four tokens whose q, k, v
-/// or o are not bfloat16 take 0.5 to 1.0 of the time that they take in the other kernels but serving, with 8 it would be 0.9 to
-/// 1.4; against serving float32 with states after each token does, 0.85 to 1.05. V-last states after each token take 0.4 to 1.1
-/// of what they do in the other kernels but serving; in serving 16-bit states take 0.7 to 0.9 of it, 32-bit ones of two tokens
-/// 0.9 to 1.0, of more 0.8 (few sequences) to 1.15 (64).
-bool fits_recurrent(const ForwardParams& p, bool value_last, bool serving) {
-  const auto bfloat = [](const auto& tensor) { return tensor.dtype == DType::bf16; };
-  const bool each = p.store_tokens || p.snapshots.data != nullptr;
-  if (p.cu_seqlens.data != nullptr || p.tokens < 2 || (p.snapshots.data != nullptr && p.snapshots.dtype != p.state_dtype))
-    return false;
-  if (value_last && each) return !serving || (p.state_dtype == DType::f32 && p.tokens > 2);
-  return p.tokens <= 4 && (!serving || (each && p.q.dtype == DType::f32)) &&
-         !(bfloat(p.q) && bfloat(p.k) && bfloat(p.v) && bfloat(p.o));
+/// What serving could do, but the recurrence is faster at, measured on an H200 (16/32 heads, K = V = 128): states after each
+/// token, of float32 inputs up to 4 tokens (it takes 0.85 to 1.05 of the time), V-last of 32 bits and more than 2 tokens (0.8
+/// for few sequences to 1.15 for 64; of 16 bits serving takes 0.7 to 0.9 of the recurrence's time).
+bool fits_recurrent(const ForwardParams& p, bool value_last) {
+  if (!p.store_tokens && p.snapshots.data == nullptr) return false;
+  return value_last ? p.state_dtype == DType::f32 && p.tokens > 2 : p.q.dtype == DType::f32 && p.tokens <= 4;
 }
 
 bool has_kernel(const Plan& plan, const Shape& shape, DType state, Stores stores) {
@@ -144,7 +141,7 @@ bool has_kernel(const Plan& plan, const Shape& shape, DType state, Stores stores
     return shape.preparing >= 0 && shape.preparing <= 8 && shape.preparing % 2 == 0 && shape.warps > shape.preparing &&
            (shape.warps - shape.preparing) % 4 == 0 && shape.warps <= chunks_max_warps(plan.inputs == DType::bf16) &&
            shape.span == 16;
-  if (shape.warps < 1 || shape.warps > (plan.kernel == Kernel::verify ? 1 : 4)) return false;
+  if (shape.warps < 1 || shape.warps > 4) return false;
   if (shape.span < 1 || shape.span > 1024) return false;
   if (plan.kernel == Kernel::replay) return shape.heads >= 1 && shape.heads <= shape.warps;
   if (plan.kernel == Kernel::serving) {
@@ -178,14 +175,14 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
   const auto by_state = [&](const auto& of_16_bit, const auto& of_32_bit) {
     return state == DType::f32 ? all(of_32_bit) : all(of_16_bit);
   };
-  if (plan.kernel == Kernel::verify) return all(verify_rows);
   if (plan.kernel == Kernel::chunks) return plan.inputs == DType::bf16 ? all(chunks_rows) : all(split_chunks_rows);
   if (plan.kernel == Kernel::replay) {
     if (plan.entries == DType::f32 && !plan.value_last)
       return plan.token_tile == 1 ? all(replay_float_one_token) : by_state(replay_float_16_bit, replay_float_32_bit);
-    if (plan.token_tile == 1) return plan.value_last ? all(replay_value_last_one_token) : all(replay_one_token);
-    return plan.value_last ? by_state(replay_value_last_16_bit, replay_value_last_32_bit)
-                           : by_state(replay_16_bit, replay_32_bit);
+    if (plan.value_last)
+      return plan.token_tile == 1 ? by_state(replay_value_last_one_token_16_bit, replay_value_last_one_token_32_bit)
+                                  : by_state(replay_value_last_16_bit, replay_value_last_32_bit);
+    return plan.token_tile == 1 ? by_state(replay_one_token_16_bit, replay_one_token_32_bit) : all(replay_rows);
   }
   if (plan.kernel == Kernel::serving) {
     const bool wide = plan.token_tile == 16;
@@ -202,7 +199,8 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
     if (wide) return by_state(wide_16_bit, wide_32_bit);
     if (stores == Stores::none) return by_state(serving_read_16_bit, serving_read_32_bit);
     if (stores == Stores::each) return by_state(serving_each_16_bit, serving_each_32_bit);
-    return by_state(serving_update_16_bit, serving_update_32_bit);
+    return plan.long_keys ? by_state(serving_update_16_bit, serving_long_keys_32_bit)
+                          : by_state(serving_update_16_bit, serving_update_32_bit);
   }
   return plan.value_last ? by_state(decode_value_last_16_bit, decode_value_last_32_bit)
                          : by_state(decode_16_bit, decode_32_bit);
@@ -261,30 +259,24 @@ Plan make_plan(const ForwardParams& p) {
   const bool form = has_serving_form(p, plan.value_last, inputs);
   const bool vectors = form && inputs == DType::bf16, half = form && inputs == DType::f16;
   const bool usual = vectors && has_usual_gates(p);
-  const bool serving = form && (vectors || (!plan.value_last && (half || p.tokens <= 8))) && fits_serving(p);
-  if (fits_recurrent(p, plan.value_last, serving)) {
-    plan.kernel = Kernel::recurrent;
-    choose_start(p, plan);
-    return plan;
-  }
-  const bool snapshots = p.snapshots.data != nullptr, variable = p.cu_seqlens.data != nullptr;
-  if (serving) {
+  const bool serving = form && (vectors || (!plan.value_last && (half || p.tokens <= 8))) && fits_serving(p, plan.value_last);
+  const bool snapshots = p.snapshots.data != nullptr;
+  if (serving && !fits_recurrent(p, plan.value_last)) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p.tokens);
-    plan.common = usual, plan.inputs = inputs;
+    plan.long_keys = p.key_dim == 256;
+    plan.common = usual && !plan.long_keys, plan.inputs = inputs;
   } else if ((vectors || half) && fits_chunks(p)) {
     plan.kernel = Kernel::chunks;
     plan.inputs = inputs;
-  } else if (!variable && p.tokens == 1) {
+  } else if (p.cu_seqlens.data == nullptr && p.tokens == 1) {
     plan.kernel = Kernel::decode;
     plan.common = usual && !snapshots;
   } else {
-    // As registers allow. A row's tokens are cut into the same turns whatever else the call has.
-    plan.kernel = Kernel::verify;
-    plan.token_tile = p.tokens <= 8 || p.key_dim == 256 ? 8 : 16;
-    plan.common = vectors;
+    plan.kernel = Kernel::recurrent;
   }
-  choose_shape(p, snapshots || p.store_tokens ? Stores::each : p.store_final ? Stores::last : Stores::none, plan);
+  if (plan.kernel != Kernel::recurrent)
+    choose_shape(p, snapshots || p.store_tokens ? Stores::each : p.store_final ? Stores::last : Stores::none, plan);
   choose_start(p, plan);
   return plan;
 }
@@ -298,15 +290,18 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
   const bool variable = p.cu_seqlens.data != nullptr;
   const std::int64_t tokens = variable ? std::max(window.room(), 2) : p.tokens;
   // A block has all of v of its heads in shared memory.
-  if (p.key_dim == 256 || p.value_dim > 512 || tokens < 1 || tokens > 8 || p.rows == 0 ||
-      (p.parent.data != nullptr && tokens == 1) || !has_serving_form(p, plan.value_last) || !has_vectors(p.v, 3, 8)) {
+  const bool tree = p.parent.data != nullptr;
+  if (p.key_dim == 256 || p.value_dim > 512 || tokens < 1 || p.rows == 0 || (tree && (tokens == 1 || tokens > 8)) ||
+      !has_serving_form(p, plan.value_last) || !has_vectors(p.v, 3, 8)) {
     plan.kernel = Kernel::recurrent;
-    plan.tree = p.parent.data != nullptr;
+    plan.tree = tree;
   } else {
     plan.kernel = Kernel::replay;
-    plan.token_tile = token_tile_of(tokens);
+    plan.token_tile = token_tile_of(std::min<std::int64_t>(tokens, 8));  // in passes
     plan.entries = window.keys.dtype;
-    plan.common = plan.entries == DType::bf16 && !plan.value_last && !variable && has_usual_gates(p);
+    const bool one_group = window.capacity <= group_entries && window.ring <= 32;
+    plan.common =
+        plan.entries == DType::bf16 && !plan.value_last && !variable && tokens <= 8 && one_group && has_usual_gates(p);
     choose_shape(p, Stores::last, plan);
   }
   choose_start(p, plan);

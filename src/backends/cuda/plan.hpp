@@ -10,7 +10,7 @@ namespace gatedelta::cuda {
 
 constexpr std::int64_t max_grid_yz = 65535;
 
-enum class Kernel : std::uint8_t { generic, decode, verify, serving, chunks, replay, recurrent };
+enum class Kernel : std::uint8_t { generic, decode, serving, chunks, replay, recurrent };
 /// Which states a call stores: that after a row's last token, or after each.
 enum class Stores : std::uint8_t { none, last, each };
 
@@ -26,7 +26,7 @@ struct Shape {
     int preparing;        ///< chunks: warps that do nothing else; 0: all prepare
     int shares;           ///< serving: warps that share rows, K-last only for states after each token; 0: none do
   };
-  int warps = 0;  ///< of a block (verify: one; decode, V-last: follows from the lanes)
+  int warps = 0;  ///< of a block (decode, V-last: follows from the lanes)
   int span = 0;   ///< value rows of a warp, rounded up to what it has at a time (decode, V-last: that)
   /// decode, serving: stored states do not leave the L2 cache before others.
   bool stores_stay = false;
@@ -36,8 +36,9 @@ struct Shape {
 struct Plan {
   Kernel kernel = Kernel::generic;
   bool value_last = false;
-  int token_tile = 0;                 ///< verify: tokens of a turn; serving: at most
+  int token_tile = 0;                 ///< serving, replay: at most
   bool common = false;                ///< see the kernel
+  bool long_keys = false;             ///< serving: of 256 elements
   DType inputs = DType::bf16;         ///< serving, chunks: of q, k, v and o
   DType entries = DType::bf16;        ///< replay
   bool tree = false;                  ///< recurrent: drafts in a tree
@@ -83,9 +84,9 @@ cudaError_t take_fault(Fault& fault, cudaStream_t stream);
 struct FastKernel {
   const void* function = nullptr;
   int warp_rows = 0;  ///< value rows that a warp has at a time
-  // Shared memory of a warp: for each stage, of which there are as many unless its span is shorter; for each part of keys and
-  // queries; and where states after each token are stored.
-  std::size_t bytes = 0, part_bytes = 0, each_bytes = 0;
+  // Shared memory of a warp: for each stage, of which there are as many unless its span is shorter, and where states after each
+  // token are stored.
+  std::size_t bytes = 0, each_bytes = 0;
   int stages = 1;
   std::size_t block_bytes = 0;  ///< of a block beside its warps
   std::size_t group_bytes = 0;  ///< of a warp, for each group of entries of a window
@@ -101,8 +102,6 @@ struct FastKernel {
 // The device code, by state dtype.
 template <DType state>
 FastKernel decode_kernel_of(const Plan& plan, std::int64_t key_dim);
-template <DType state>
-FastKernel verify_kernel_of(const Plan& plan, std::int64_t key_dim);
 template <DType state>
 FastKernel serving_kernel_of(const Plan& plan, std::int64_t key_dim);
 template <DType state>

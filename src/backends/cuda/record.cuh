@@ -10,9 +10,12 @@ namespace gatedelta::cuda {
 
 constexpr int window_words = 2 * max_window / 32;
 
-/// What a warp knows of the record of a slot: a lane has the places of the entries lane, lane + 32, ...
+/// What a warp knows of the record of a slot: a lane has the places of the entries lane, lane + 32, ..., of a ring that has
+/// room in so many of these.
+template <int words = window_words>
 struct RecordRow {
-  std::int32_t length = 0, places[window_words] = {};
+  std::int32_t length = 0, places[words] = {};
+  std::int32_t first = 0;  ///< entry of the record, here the first one
 
   /// The loads alone, which the following may overtake.
   template <class P>
@@ -20,7 +23,7 @@ struct RecordRow {
     const auto* const order = static_cast<const std::int32_t*>(p.window.order.data) + offset_of(p.window.order, slot);
     length = static_cast<const std::int32_t*>(p.window.length.data)[offset_of(p.window.length, slot)];
 #pragma unroll
-    for (int i = 0; i < window_words; ++i) {
+    for (int i = 0; i < words; ++i) {
       if (32 * i >= p.window.ring) break;
       if (32 * i + lane < p.window.ring) places[i] = order[product(32 * i + lane, p.window.order.strides[1])];
     }
@@ -33,7 +36,7 @@ struct RecordRow {
     bool good = has_length;
     std::int32_t bad = 0;
 #pragma unroll
-    for (int i = 0; i < window_words; ++i) {
+    for (int i = 0; i < words; ++i) {
       if (32 * i >= ring) break;
       if (32 * i + lane < ring && (places[i] < 0 || places[i] >= ring)) good = false, bad = places[i];
     }
@@ -42,11 +45,25 @@ struct RecordRow {
                  : cuda::record(p.fault, FaultKind::length, row, length, p.window.capacity);
     return __all_sync(0xffffffffu, good);
   }
+  /// Of a record that is in range: behind the entries there are those of `tokens`, as many as have come before the others
+  /// (`left`) of a call. If there was no room for all of them, the window has been folded.
+  __device__ void append(int tokens, int left, const WindowParams& window) {
+    if (length + tokens + left > window.capacity) first = length, length = 0;
+    length += tokens;
+    std::int32_t behind[words] = {};
+#pragma unroll
+    for (int i = 0; i < words; ++i) {
+      const int entry = first + 32 * i + static_cast<int>(threadIdx.x % 32);
+      behind[i] = place_of(entry < window.ring ? entry : entry - window.ring, window.ring);
+    }
+#pragma unroll
+    for (int i = 0; i < words; ++i) places[i] = behind[i];
+  }
   /// Where an entry lies.
   __device__ int place_of(int entry, int ring) const {
     int place = __shfl_sync(0xffffffffu, places[0], entry % 32);
 #pragma unroll
-    for (int i = 1; i < window_words; ++i) {
+    for (int i = 1; i < words; ++i) {
       if (32 * i >= ring) break;
       if (const int found = __shfl_sync(0xffffffffu, places[i], entry % 32); entry / 32 == i) place = found;
     }
@@ -59,11 +76,11 @@ struct RecordRow {
     // As many bits as there are places.
     int count = 0;
 #pragma unroll
-    for (int word = 0; word < window_words; ++word) {
+    for (int word = 0; word < words; ++word) {
       if (32 * word >= ring) break;
       unsigned bits = 0;
 #pragma unroll
-      for (int i = 0; i < window_words; ++i) {
+      for (int i = 0; i < words; ++i) {
         if (32 * i >= ring) break;
         if (32 * i + lane < ring && places[i] / 32 == word) bits |= 1u << places[i] % 32;
       }

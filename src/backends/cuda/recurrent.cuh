@@ -3,8 +3,8 @@
 
 #include "backends/cuda/recurrent_tile.cuh"
 
-// Any number of tokens a row, of any dtype and of sequences of different lengths, with a replay window or without one: the
-// recurrence itself in float32, token by token, with the state in registers.
+// All that no other kernel is for: any number of tokens a row, of any dtype and of sequences of different lengths, with a
+// replay window or without one. The recurrence itself in float32, token by token, with the state in registers.
 //
 // A block has some value rows of one head. What its warps know of the tokens, and of the entries of a window, they prepare
 // together in shared memory, some of them at a time; the recurrence of a warp's value rows needs no other warp. With the
@@ -74,7 +74,7 @@ struct TokenPiece {
 /// A row's window, as each warp of its block knows it.
 struct WindowRow {
   std::uint32_t slot;
-  RecordRow record;
+  RecordRow<> record;
 
   /// False after a fault, which is recorded.
   template <class P>
@@ -230,11 +230,19 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
   RecurrentState<Tile> state;
   float4* checkpoint = nullptr;
   if constexpr (trees) checkpoint = memory.checkpoint(p.most_tokens()) + thread;
+  // A head, from registers.
+  const auto store_directly = [&](auto* data, std::int64_t v_stride, std::int64_t k_stride) {
+    if (!has_rows) return;
+    if constexpr (value_last)
+      state.store_pieces(data + first_value + lane_row + Tile::key_of(key_lane, 0) * k_stride, k_stride);
+    else
+      state.store_runs(data + offset_of_lane(v_stride), v_stride);
+  };
   const auto store_state = [&](const Tensor<std::int64_t, 4>& to, std::int64_t slot) {
     State* const data = static_cast<State*>(to.data) + offset_of(to, slot, h);
     if constexpr (value_last && replays) {
       // Seldom, and not worth the registers of more.
-      if (has_rows) state.store_pieces(data + first_value + lane_row, to.strides[3], key_lane);
+      store_directly(data, to.strides[2], to.strides[3]);
     } else if constexpr (value_last) {
       __syncthreads();
       if (has_rows) state.narrow_to(memory, lane_row, key_lane);
@@ -242,10 +250,8 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
       for_each_vector(to.strides[3], [&](const uint4* vector, std::int64_t offset) {
         __stcs(reinterpret_cast<uint4*>(data + offset), *vector);
       });
-    } else if (has_rows) {
-      const std::int64_t stride = to.strides[2];
-      State* const first = data + offset_of_lane(stride);
-      state.store_runs(stride, [&](std::int64_t offset, const auto& x) { store_as<State>(first, offset, x); });
+    } else {
+      store_directly(data, to.strides[2], to.strides[3]);
     }
   };
   // Each lane finishes a row, or several lanes the same.
@@ -377,6 +383,18 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
           if (const std::int64_t slot = index_at(p.token_slots, n, number_of_row); slot > p.null_slot)
             store_state(p.state_write, slot);
         if (p.snapshots.data == nullptr) continue;
+        if (p.snapshots.dtype != element_dtype<State>) {
+          const auto store_as_is = [&](auto* data) {
+            store_directly(data + offset_of(p.snapshots, n, number_of_row, h), p.snapshots.strides[3], p.snapshots.strides[4]);
+          };
+          using First = std::conditional_t<sizeof(State) == 4, __half, float>;
+          using Second = std::conditional_t<std::is_same_v<State, __nv_bfloat16>, __half, __nv_bfloat16>;
+          if (p.snapshots.dtype == element_dtype<First>)
+            store_as_is(static_cast<First*>(p.snapshots.data));
+          else
+            store_as_is(static_cast<Second*>(p.snapshots.data));
+          continue;
+        }
         Tensor<std::int64_t, 4> to;
         to.data = static_cast<State*>(p.snapshots.data) + offset_of(p.snapshots, n, number_of_row);
 #pragma unroll

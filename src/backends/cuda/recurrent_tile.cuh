@@ -23,7 +23,7 @@ struct RecurrentTile {
   static constexpr int pieces = key_dim / 8;             ///< of a token's key, one for each thread
   static constexpr int tokens = key_dim == 256 ? 4 : 8;  ///< that are prepared at a time
   static constexpr int entries = group_entries, entry_threads = recurrent_threads / entries;  ///< of a window, at a time
-  using StateRing = Ring<rows * runs, 4, 1>;
+  using StateRing = Ring<rows * runs, 1>;
 
   /// The lane's vector i of four keys.
   __device__ static constexpr int key_of(int key_lane, int i) {
@@ -160,18 +160,20 @@ struct RecurrentState {
         for (int e = 0; e < width; ++e) s[r][i * Tile::width + e] = out[e];
       }
   }
-  /// Stores the lane's runs: store_vector(offset, numbers).
-  template <class Store>
-  __device__ void store_runs(std::int64_t v_stride, const Store& store_vector) const {
+  /// Stores the lane's runs, the first of them to here.
+  template <class Element>
+  __device__ void store_runs(Element* to, std::int64_t v_stride) const {
 #pragma unroll
-    for (int r = 0; r < Tile::rows; ++r)
+    for (int r = 0; r < Tile::rows; ++r, to += v_stride) {
+      if constexpr (sizeof(Element) != sizeof(State)) forget(to);
 #pragma unroll
       for (int i = 0; i < Tile::runs; ++i) {
         float x[Tile::width];
 #pragma unroll
         for (int e = 0; e < Tile::width; ++e) x[e] = s[r][i * Tile::width + e];
-        store_vector(r * v_stride + i * (Tile::width * Tile::key_lanes), x);
+        store_as<Element>(to, i * (Tile::width * Tile::key_lanes), x);
       }
+    }
   }
 
   /// V-last: the lane's value rows, `first_value` of the block's and the next ones, are a piece of shared memory for each key.
@@ -203,12 +205,17 @@ struct RecurrentState {
         *reinterpret_cast<uint2*>(to) = make_uint2(packed.words[0], packed.words[1]);
     }
   }
-  /// Of each key the lane's value rows, directly.
-  __device__ void store_pieces(State* to, std::int64_t k_stride, int key_lane) const {
-    to += Tile::key_of(key_lane, 0) * k_stride;
+  /// Of each key the lane's value rows, those of the first key to here, directly. From address to address: there are no
+  /// registers for all of them.
+  template <class Element>
+  __device__ void store_pieces(Element* to, std::int64_t k_stride) const {
+    const auto key_of = [](int i) { return Tile::key_of(0, i / 4) + i % 4; };
 #pragma unroll
-    for (int i = 0; i < Tile::keys; ++i)
-      store_as<State>(to, (Tile::key_of(0, i / 4) + i % 4) * k_stride, {s[0][i], s[1][i], s[2][i], s[3][i]});
+    for (int i = 0; i < Tile::keys; ++i) {
+      store_as<Element>(to, 0, {s[0][i], s[1][i], s[2][i], s[3][i]});
+      to += (key_of(i + 1) - key_of(i)) * k_stride;
+      forget(to);
+    }
   }
 
  private:

@@ -18,11 +18,13 @@
 // are enough, M as a sum of bfloat16 numbers. Of heads with the same key and query, a team, most of that is the same.
 // How soon the streams can go on depends on the warp with the entries: so it asks for these as soon as it knows where they are,
 // and all warps leave most of the states until then.
+//
+// More than 8 tokens are passes of 8, launches one after the other: to each of these the tokens before are entries.
 namespace gatedelta::cuda {
 
 /// The state of 16 rows where the window is full: gamma S + sum_j gamma_j u_j k_j^T. `corrections_of` gives those of a group
-/// of entries. `overlaps`: there are registers for several runs of keys at a time.
-template <bool overlaps, class Rows, class State, class Notes, class CorrectionsOf>
+/// of entries. `overlaps`: there are registers for several runs of keys at a time. `one_group`: there is no other.
+template <bool overlaps, bool one_group, class Rows, class State, class Notes, class CorrectionsOf>
 __device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int used, const CorrectionsOf& corrections_of,
                                      State* to) {
   // Three numbers are all of a float32, two are enough for a state of 16 bits.
@@ -55,28 +57,20 @@ __device__ __forceinline__ void fold(const Rows& rows, const Notes& notes, int u
       }
   };
   // Once for all keys, if there is one group.
-  if constexpr (overlaps) {
-    if (used == 1) {
-      scale_corrections(0);
-#pragma unroll
-      for (int run = 0; run < runs; ++run, to += Rows::run_step) {  // without a branch
-        float sums[Rows::pairs][4] = {};
-        add_group(sums, run, 0);
-        rows.store_sum(to, rows.run(run), checkpoint_decay, sums);
-      }
-      return;
-    }
-  } else if (used == 1) {
-    scale_corrections(0);
-  }
-#pragma unroll 1
+  if (one_group || used == 1) scale_corrections(0);
+  static_assert(one_group || !overlaps);
+#pragma unroll overlaps ? runs : 1
   for (int run = 0; run < runs; ++run, to += Rows::run_step) {
     const auto old = rows.run(run);  // ahead of the products, not behind them
     float sums[Rows::pairs][4] = {};
+    if constexpr (one_group) {
+      add_group(sums, run, 0);
+    } else {
 #pragma unroll 1
-    for (int group = 0; group < used; ++group) {
-      if (overlaps || used > 1) scale_corrections(group);
-      add_group(sums, run, group);
+      for (int group = 0; group < used; ++group) {
+        if (used > 1) scale_corrections(group);
+        add_group(sums, run, group);
+      }
     }
     rows.store_sum(to, old, checkpoint_decay, sums);
   }
@@ -105,6 +99,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   using Mix = typename Notes::Mix;
   constexpr int blocks = Tokens::blocks, parts = Rows::parts, stages = replay_stages;
   constexpr bool streams = token_tile == 1;  // more tokens have been slower with it
+  constexpr bool one_group = common;         // see make_replay_plan
+  constexpr bool passes = token_tile == 8 && !common;
   constexpr bool overlaps = token_tile == 1 && common && (parts == 1 || !Rows::narrow_state);
   const int warp = static_cast<int>(threadIdx.x / 32), warps = p.warps;
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
@@ -118,13 +114,15 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   const int unit_step = value_last ? warps * Rows::rows : Rows::rows;
   const int span_begin = block_begin + warp * (value_last ? Rows::rows : static_cast<int>(p.span));
   const int span_end = min(value_last ? block_begin + block_rows : span_begin + static_cast<int>(p.span), p.value_dim);
-  ReplayRow row{n, 0, static_cast<int>(p.tokens), -1, {}};
+  ReplayRow<one_group> row{n, 0, static_cast<int>(p.tokens), -1, {}};
   const WindowParams& window = p.window;
-  const int groups = (window.capacity + group_entries - 1) / group_entries;
+  const int groups = one_group ? 1 : groups_of(window.capacity);
   wait_for_inputs(p);
   bool good = true;
+  const auto passed = static_cast<int>(p.passed_tokens);
   if (!common && token_tile > 1 && p.cu_seqlens.data != nullptr) {
     bool has = false;
+    if (passes && passed > 0 && (n == p.rows || index_at(p.cu_seqlens, n + 1) - index_at(p.cu_seqlens, n) <= passed)) return;
     for (unsigned h = first_head; h < end_head; ++h)
       has = has_row(p, n, h, block_begin, min(block_rows, p.value_dim - block_begin));
     if (!has) return;
@@ -132,7 +130,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
     row.count = static_cast<int>(index_at(p.cu_seqlens, n + 1)) - static_cast<int>(row.first_token);
     good = has_room(p, n, row.count, threadIdx.x == 0);
   }
-  const int count = min(row.count, token_tile);  // of a row that is good, all
+  if (passes) row.first_token += p.passed_tokens, row.count -= passed;
+  const int count = min(row.count, token_tile);  // of a row that is good, all but those of later passes
 
   extern __shared__ __align__(256) uint4 shared[];
   const int stage_bytes = Rows::bytes + groups * Corrections::bytes;
@@ -156,11 +155,15 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
     return {at_shared(notes_memory + own * p.head_bytes), at_shared(teams_memory + head_of(own, p.team) * p.team_bytes), lane};
   };
 
-  // One of the last warps has the tokens of a head, or of a team, and one of the first ones the entries of a team.
+  // One of the last warps has the tokens of a head, or of a team, and one of the first ones the entries of a team, or if there
+  // are many, some of them, each a part.
   const int team = static_cast<int>(p.team.count), heads = static_cast<int>(end_head - first_head);
   const int token_heads = token_tile == 1 ? team : 1;  // of one warp
-  const int with_tokens = (warp - max(warps - static_cast<int>(p.token_warps), 0)) * token_heads, with_entries = warp * team;
-  const bool has_tokens = with_tokens >= 0 && with_tokens < heads, has_entries = with_entries < heads;
+  const int with_tokens = (warp - max(warps - static_cast<int>(p.token_warps), 0)) * token_heads;
+  const int first_group = one_group ? 0 : static_cast<int>(head_of(static_cast<unsigned>(warp), p.teams));
+  const int with_entries = (warp - first_group * static_cast<int>(p.teams.count)) * team;
+  const bool has_tokens = with_tokens >= 0 && with_tokens < heads;
+  bool has_entries = with_entries < heads && (one_group || first_group < static_cast<int>(p.entry_warps));
   const unsigned tokens_head = first_head + static_cast<unsigned>(with_tokens);
   const unsigned entries_head = first_head + static_cast<unsigned>(with_entries);
   const int own_tokens = min(token_heads, heads - with_tokens), own_entries = min(team, heads - with_entries);
@@ -225,8 +228,9 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
       prepare_tokens<token_tile, common>(p, count, path, tokens_head, own_tokens,
                                          is_first(static_cast<unsigned>(with_tokens), p.team), tokens, notes_of);
     good = row.record.is_in_range(p, n, lane, warp == 0);
+    if (passes && good && passed > 0) row.record.append(passed, row.count, p.window);
   }
-  const int P = good ? row.record.length : 0, used = (P + group_entries - 1) / group_entries;
+  const int P = good ? row.record.length : 0, used = one_group ? static_cast<int>(P > 0) : groups_of(P);
   auto* const corrections = static_cast<Entry*>(window.corrections.data) + offset_of(window.corrections, slot);
   const auto correction_stride = static_cast<int>(window.corrections.strides[2]);
   const auto corrections_at = [&](int stage, int group) {
@@ -234,7 +238,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   };
   // Beyond the first group, which is all that there is in short windows: not worth the registers.
   const auto place_of = [&](int entry) {
-    return static_cast<const std::int32_t*>(window.order.data)[offset_of(window.order, slot, entry)];
+    return static_cast<const std::int32_t*>(window.order.data)[offset_of(window.order, slot, row.record.first + entry)];
   };
   const Entry* first_corrections[Corrections::copies];
 #pragma unroll
@@ -248,18 +252,19 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
     for (int copy = 0; copy < Corrections::copies; ++copy)
       if (Corrections::entry_of(lane, copy) < P) corrections_at(stage, 0).fetch(first_corrections[copy] + along, copy);
 #pragma unroll 1
-    for (int group = 1; group < used; ++group)
+    for (int group = 1; !one_group && group < used; ++group)
 #pragma unroll
       for (int copy = 0; copy < Corrections::copies; ++copy)
         if (const int entry = group * group_entries + Corrections::entry_of(lane, copy); entry < P)
           corrections_at(stage, group)
               .fetch(corrections + along + place_of(entry) * correction_stride + Corrections::value_of(lane), copy);
   };
-  Entries<Rows, Entry, token_tile, Tokens> entries;
+  Entries<Rows, Entry, token_tile, Tokens, one_group> entries;
+  has_entries = has_entries && (first_group == 0 || first_group < used);
   if (good) {
     // Ahead of most states, behind which this would have to wait.
     if (has_entries) {
-      entries.fetch(p, row, entries_head, own_entries, lane);
+      entries.fetch(p, row, entries_head, own_entries, first_group, lane);
       if (!has_tokens) tokens.fetch(p, row.batch, entries_head, count, g, c, row.first_token);
     }
     // Corrections of entries that there are not are zero, and stay so.
@@ -292,7 +297,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   for (int e = 0; e < new_entries; ++e) new_places[e] = row.record.place_of(P + new_token(e), window.ring);
   if (good && has_entries) {
     if (has_tokens && tokens_head != entries_head) tokens.fetch(p, row.batch, entries_head, count, g, c, row.first_token);
-    entries.prepare(p, row, entries_head, own_entries, tokens, notes_of);
+    entries.prepare(p, row, entries_head, own_entries, first_group, tokens, notes_of);
   }
   if (!good) {
     // Its first states are under way, which nothing has waited for.
@@ -305,7 +310,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   __pipeline_wait_prior(stages);  // v
   __syncthreads();
 
-  const bool folds = P + count > window.capacity;
+  const bool folds = P + row.count > window.capacity;
   const int o_token = Tokens::query_of(g);
   const bool has_o = token_tile == 1 || (o_token >= 0 && o_token < count);
   int stage = 0, left_of_team = 0;
@@ -345,6 +350,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
       const float factor = c < 2 ? factors[3] : factors[4];
       value_factor = factor * factors[0], key_factor = factor * factors[1], query_factor = c < 2 ? factors[2] : 0.0f;
       o += g + c % 2 * 8;
+      if (sizeof(Entry) == 2 && c >= 2)
+        o = reinterpret_cast<std::uint16_t*>(new_corrections[0]);  // which it stores in place of o
     } else {
       notes.pass(tokens, false);
       o += 2 * c;
@@ -391,7 +398,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
         for (int block = 0; block < blocks; ++block) add_entries(products[0][block], a, mixes[block]);
       }
 #pragma unroll 1
-      for (int group = 1; group < used; ++group) {
+      for (int group = 1; !one_group && group < used; ++group) {
         Pair a[Corrections::parts][4];
         corrections_at(stage, group).load(a);
 #pragma unroll
@@ -405,14 +412,10 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
         };
         const float first = result_of(0), second = result_of(1);
         const float result = c % 2 == 0 ? first : second;
-        if constexpr (sizeof(Entry) == 2) {
-          auto* const to = c < 2 ? reinterpret_cast<Entry*>(o) : new_corrections[0];
-          to[first_value] = __float2bfloat16_rn(result);
-        } else if (c < 2) {
+        if (sizeof(Entry) == 2 || c < 2)
           o[first_value] = __bfloat16_as_ushort(__float2bfloat16_rn(result));
-        } else {
+        else
           new_corrections[0][first_value] = result;
-        }
       } else {
         float in[1][2][2] = {}, out[1][4] = {}, u[1][4] = {};
 #pragma unroll
@@ -447,7 +450,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
       const Rows copy(copied + stage * stage_bytes, copied_lane, p.value_dim);
       if (folds) {
         State* const to = static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h);
-        fold<overlaps>(
+        fold<overlaps, one_group>(
             rows, notes, used, [&](int group) { return corrections_at(stage, group); },
             to + (first_value * Rows::row_step + Rows::vector_offset(lane, p.value_dim)));
         if constexpr (value_last) {

@@ -123,12 +123,14 @@ struct HeadNotes {
   __device__ std::uint16_t* values(int groups) const { return reinterpret_cast<std::uint16_t*>(this->group(groups)); }
 };
 
-/// A row, as each warp of its block knows it.
+/// A row, as each warp of its block knows it. `one_group`: its window has no more entries than one group, and its record no
+/// more places than a warp has lanes.
+template <bool one_group>
 struct ReplayRow {
   unsigned batch, first_token;  ///< where its tokens begin
   int count;
   std::int32_t slot;
-  RecordRow record;
+  RecordRow<one_group ? 1 : window_words> record;
 
   template <class Entry, class P>
   __device__ Entry* keys(const P& p, unsigned h) const {
@@ -143,12 +145,14 @@ struct ReplayRow {
 
 /// One warp's work for the heads of a team from h on: what the entries of the window are to its tokens. `notes_of` gives the
 /// notes of a head.
-template <class Rows, class Entry, int token_tile, class Tokens>
+template <class Rows, class Entry, int token_tile, class Tokens, bool one_group>
 class Entries {
+  using Row = ReplayRow<one_group>;
+
  public:
   /// Starts the loads that all that follows waits for.
-  __device__ __forceinline__ void fetch(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
-                                        int lane) {
+  __device__ __forceinline__ void fetch(const ReplayParams<FastParams>& p, const Row& row, unsigned h, int heads,
+                                        int first_group, int lane) {
     const float* decays = row.decays(p, h);
 #pragma unroll
     for (int i = 0; i < replay_max_heads; ++i) {
@@ -161,16 +165,17 @@ class Entries {
       }
       decays += p.window.decays.strides[1];
     }
-    fetch_keys(p, row, h, 0, lane);
+    fetch_keys(p, row, h, first_group, lane);
   }
 
-  /// Of what they bring, what each head's notes are to say.
+  /// Of what they bring, what each head's notes are to say: of this group of entries and every `p.entry_warps`-th behind it.
   template <class NotesOf>
-  __device__ __forceinline__ void prepare(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
-                                          const Tokens& tokens, const NotesOf& notes_of) {
+  __device__ __forceinline__ void prepare(const ReplayParams<FastParams>& p, const Row& row, unsigned h, int heads,
+                                          int first_group, const Tokens& tokens, const NotesOf& notes_of) {
     const auto notes = notes_of(h);
     const int lane = notes.lane, g = lane / 4, c = lane % 4;
-    const int P = row.record.length, used = (P + group_entries - 1) / group_entries;
+    const int P = row.record.length, used = one_group ? static_cast<int>(P > 0) : groups_of(P);
+    const int group_step = one_group ? 1 : static_cast<int>(p.entry_warps);
     const bool folds = P + row.count > p.window.capacity;
 
 #pragma unroll
@@ -183,23 +188,24 @@ class Entries {
         if (32 * word >= P) continue;
         float product = expf(log_decays_[i][word]);
 #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
+        for (int distance = 1; distance < (one_group ? group_entries : 32); distance *= 2) {
           const float behind = __shfl_down_sync(0xffffffffu, product, distance);
           if (lane + distance < 32) product *= behind;
         }
         product *= checkpoint_decay;  // of the other word
         const float next = __shfl_down_sync(0xffffffffu, product, 1);
-        if (const int entry = 32 * word + lane; entry < used * group_entries)
-          own.decays(entry / group_entries)[entry % group_entries] = lane < 31 ? next : checkpoint_decay;
+        const int entry = 32 * word + lane, group = entry / group_entries;
+        if (group < used && (group & (group_step - 1)) == first_group)
+          own.decays(group)[entry % group_entries] = lane < 31 ? next : checkpoint_decay;
         checkpoint_decay = shuffle(product, 0);
       }
-      own.checkpoint_decay() = checkpoint_decay;
+      if (first_group == 0) own.checkpoint_decay() = checkpoint_decay;
     }
     __syncwarp();
 
 #pragma unroll 1
-    for (int group = 0; group < used; ++group) {
-      if (group > 0) fetch_keys(p, row, h, group, lane);
+    for (int group = first_group; group < used; group += group_step) {
+      if (!one_group && group > first_group) fetch_keys(p, row, h, group, lane);
       const auto store_key = [&](int half, int i, const Pair(&pairs)[parts][4]) {
 #pragma unroll
         for (int part = 0; part < parts; ++part)
@@ -271,13 +277,15 @@ class Entries {
   }
 
  private:
-  static constexpr int runs = Tokens::runs, words = max_window / 32;
+  // Entries, 32 at a time. Of one group one is enough, but with it the kernel for one token would spill registers.
+  static constexpr int words = one_group && token_tile > 1 ? 1 : max_window / 32;
+  static constexpr int runs = Tokens::runs;
   static constexpr int parts = bfloat_parts_of<Entry>, vectors = 8 / lanes_of<Entry>;
 
-  __device__ __forceinline__ void fetch_keys(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int group,
+  __device__ __forceinline__ void fetch_keys(const ReplayParams<FastParams>& p, const Row& row, unsigned h, int group,
                                              int lane) {
     const int g = lane / 4, c = lane % 4;
-    const Entry* const keys = row.keys<Entry>(p, h) + 8 * c;
+    const Entry* const keys = row.template keys<Entry>(p, h) + 8 * c;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int entry = group * group_entries + 8 * half + g, place = row.record.place_of(entry, p.window.ring);
@@ -335,12 +343,12 @@ __device__ __forceinline__ void prepare_tokens(const ReplayParams<FastParams>& p
 }
 
 /// The entry of token g but for its correction, at `place`; or, of one token, those of the heads of a team.
-template <class Entry, int token_tile, class Tokens>
-__device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, const ReplayRow& row, unsigned h, int heads,
+template <class Entry, int token_tile, class Row, class Tokens>
+__device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, const Row& row, unsigned h, int heads,
                                             const Tokens& tokens, int place, int lane) {
   const int g = lane / 4, c = lane % 4;
   if (g < row.count && is_first(h, p.k_group)) {
-    Entry* const keys = row.keys<Entry>(p, h) + place * static_cast<int>(p.window.keys.strides[2]) + 8 * c;
+    Entry* const keys = row.template keys<Entry>(p, h) + place * static_cast<int>(p.window.keys.strides[2]) + 8 * c;
 #pragma unroll
     for (int i = 0; i < Tokens::runs; ++i) {
       if constexpr (sizeof(Entry) == 2) {

@@ -14,7 +14,6 @@ FastKernel describe() {
   return {reinterpret_cast<const void*>(kernel),
           Unit::rows,
           serving_stage_bytes<Unit, token_tile, Input>,
-          0,
           Unit::bytes,
           serving_stages<value_last>,
           ServingTokens<Unit, token_tile, Input>::shared_bytes};
@@ -55,6 +54,7 @@ FastKernel find(const Plan& plan) {
 
 template <>
 FastKernel serving_kernel_of<state_dtype>(const Plan& plan, std::int64_t key_dim) {
+  if (key_dim == 256) return plan.token_tile == 4 ? describe<256, false, 4, false>() : describe<256, false, 8, false>();
   return key_dim == 64 ? find<64>(plan) : find<128>(plan);
 }
 

@@ -6,14 +6,15 @@
 
 namespace gatedelta::cuda {
 
-/// The part of a head's state that a warp has, as the fragments of matrix products want it: one or two groups ("halves") of 8
-/// value rows, and all of K. With g = lane / 4 and c = lane % 4 a lane has one row of each half, and of it the keys width (c +
+/// The part of a head's state that a warp has, as the fragments of matrix products want it: two groups ("halves") of 8 value
+/// rows, and all of K. With g = lane / 4 and c = lane % 4 a lane has one row of each half, and of it the keys width (c +
 /// 4i) ... width (c + 4i) + width - 1 for each run i. Matrix products do not care for the order of what they sum over, so a
 /// lane's pairs of neighbouring keys may come out of one vector of memory.
 template <class State, int key_dim, bool value_last>
 struct StateTile {
   static constexpr int width = lanes_of<State>;
-  static constexpr int halves = key_dim == 256 ? 1 : 2;  ///< as registers allow
+  static constexpr int halves = 2;
+  static_assert(key_dim <= 128);  // as registers allow
   static constexpr int warp_rows = 8 * halves;
   static constexpr int runs = key_dim / (4 * width);
   /// V-last: neighbouring lanes and the halves share a vector along V of this many elements.
@@ -50,7 +51,6 @@ struct StateTile {
 
   /// Straight from memory, the lane's first vector from here.
   __device__ void load(const State* from, std::int64_t v_stride, std::int64_t k_stride) {
-    static_assert(words == 2 || words == 4);
 #pragma unroll
     for (int vector = 0; vector < vectors; ++vector) {
       const State* const at = from + step(vector, v_stride, k_stride);
@@ -64,24 +64,14 @@ struct StateTile {
     }
   }
 
-  /// A run of what was fetched from a K-last state, as float32.
-  __device__ void widen_to(float (&s)[width], int half, int i) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const std::uint32_t word = raw[half * runs + i][j];
-      if constexpr (width == 8)
-        widen(word, s[2 * j], s[2 * j + 1], State{});
-      else
-        s[j] = __uint_as_float(word);
-    }
-  }
+  /// As float32.
   __device__ void widen_to(float (&s)[halves][runs][width]) const {
 #pragma unroll
     for (int i = 0; i < runs; ++i)
 #pragma unroll
       for (int half = 0; half < halves; ++half) {
         if constexpr (!value_last) {
-          widen_to(s[half][i], half, i);
+          unpack<State>(raw[half * runs + i], s[half][i]);
         } else {
 #pragma unroll
           for (int j = 0; j < width / 2; ++j) {

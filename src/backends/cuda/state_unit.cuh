@@ -125,8 +125,8 @@ class StateUnit {
   /// Calls function(address in shared memory, address in device memory) for the lane's vectors of each line.
   template <int warps, class Pointer, class Function>
   __device__ __forceinline__ void for_each_vector(Pointer* first, int count, int warp, Function function) const {
-    constexpr int vectors = line_vectors;
-    static_assert(vectors <= 32 && lines * vectors % (32 * warps) == 0);
+    constexpr int vectors = line_vectors < 32 ? line_vectors : 32;  // of a line at a time
+    static_assert(lines * vectors % (32 * warps) == 0);
     constexpr int step = 32 * warps / vectors;  // lines
     const int line = (32 * warp + lane_) / vectors, vector = lane_ % vectors;
     if (value_last && vector * width >= count) return;
@@ -134,14 +134,17 @@ class StateUnit {
     first += line * stride + vector * width;
     forget(first);
 #pragma unroll
-    for (int i = 0; i < lines / step; ++i) {
-      // Of line + i step, by 8, 4 or 1.
-      const int by_8 = (step <= 8 ? i * step / 8 : line / 8 + i * step / 8) % 4;
-      const int by_4 = (step <= 4 ? i * step / 4 : line / 4 + i * step / 4) % 4;
-      const int by_1 = (step == 1 ? i : line) % 2;
-      const int swizzle = !value_last ? by_1 * 4 : pair_words == 1 ? by_8 * 2 + by_1 : by_4 * 2;
-      function(memory_ + line * line_bytes + (vector ^ swizzle) * 16 + i * (step * line_bytes), first + i * step * stride);
-    }
+    for (int piece = 0; piece < line_vectors / vectors; ++piece)
+#pragma unroll
+      for (int i = 0; i < lines / step; ++i) {
+        // Of line + i step, by 8, 4 or 1.
+        const int by_8 = (step <= 8 ? i * step / 8 : line / 8 + i * step / 8) % 4;
+        const int by_4 = (step <= 4 ? i * step / 4 : line / 4 + i * step / 4) % 4;
+        const int by_1 = (step == 1 ? i : line) % 2;
+        const int swizzle = !value_last ? by_1 * 4 : pair_words == 1 ? by_8 * 2 + by_1 : by_4 * 2;
+        function(memory_ + line * line_bytes + (vector ^ swizzle) * 16 + i * (step * line_bytes) + piece * 512,
+                 first + i * step * stride + piece * (32 * width));
+      }
   }
   char* const memory_;
   const int lane_, value_dim_;

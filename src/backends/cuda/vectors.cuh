@@ -16,6 +16,11 @@ constexpr int bfloat_parts_of = sizeof(Element) == 4                     ? 3
                                 : std::is_same_v<Element, __nv_bfloat16> ? 1
                                                                          : 2;
 
+template <class Element>
+constexpr DType element_dtype = sizeof(Element) == 4              ? DType::f32
+                                : std::is_same_v<Element, __half> ? DType::f16
+                                                                  : DType::bf16;
+
 /// Elements of a 16-byte vector.
 template <class Element>
 constexpr int lanes_of = 16 / static_cast<int>(sizeof(Element));
@@ -162,54 +167,43 @@ struct RawRun {
 
 /// Stages of a ring in shared memory that vectors of global memory are copied into ahead of their use, without registers that
 /// wait for them. Each lane has its own vectors and reads back what it copied itself, so no barrier is needed.
-template <int vectors, int words, int stages>
+template <int vectors, int stages>
 class Ring {
  public:
-  static constexpr std::size_t bytes = std::size_t{4} * stages * vectors * 32 * words;
+  static constexpr std::size_t bytes = std::size_t{16} * stages * vectors * 32;
 
   /// In the shared memory of a warp.
-  __device__ Ring(void* shared, unsigned lane) : memory_(static_cast<std::uint32_t*>(shared) + lane * words) {}
+  __device__ Ring(void* shared, unsigned lane) : memory_(static_cast<uint4*>(shared) + lane) {}
 
   /// Starts the copy of one stage: from(i) is where vector i is. Every call counts for wait(), also one without vectors.
   template <class From>
   __device__ void fetch(unsigned stage, bool any, From from) {
     if (any)
 #pragma unroll
-      for (int i = 0; i < vectors; ++i) __pipeline_memcpy_async(at(stage, i), from(i), 4 * words);
+      for (int i = 0; i < vectors; ++i) __pipeline_memcpy_async(at(stage, i), from(i), 16);
     __pipeline_commit();
   }
   /// Until the oldest of the last `stages` copies is there.
   __device__ static void wait() { __pipeline_wait_prior(stages - 1); }
-  __device__ void read(unsigned stage, std::uint32_t (&out)[vectors][words]) const {
+  __device__ void read(unsigned stage, std::uint32_t (&out)[vectors][4]) const {
 #pragma unroll
     for (int i = 0; i < vectors; ++i) {
-      const std::uint32_t* const from = at(stage, i);
-      if constexpr (words == 4) {
-        const uint4 vector = *reinterpret_cast<const uint4*>(from);
-        out[i][0] = vector.x, out[i][1] = vector.y, out[i][2] = vector.z, out[i][3] = vector.w;
-      } else {
-#pragma unroll
-        for (int j = 0; j < words; ++j) out[i][j] = from[j];
-      }
+      const uint4 vector = *at(stage, i);
+      out[i][0] = vector.x, out[i][1] = vector.y, out[i][2] = vector.z, out[i][3] = vector.w;
     }
   }
   /// Of vector i alone, each time from memory: a slice may be larger than the registers.
-  __device__ void read_again(unsigned stage, int i, std::uint32_t (&out)[words]) const {
-    static_assert(words == 4);
-    load_again(out, at(stage, i));
-  }
+  __device__ void read_again(unsigned stage, int i, std::uint32_t (&out)[4]) const { load_again(out, at(stage, i)); }
   /// What is read where nothing was copied.
   __device__ void clear() {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(stages) * vectors; ++i)
-#pragma unroll
-      for (int j = 0; j < words; ++j) memory_[i * (32 * words) + j] = 0;
+    for (int i = 0; i < static_cast<int>(stages) * vectors; ++i) memory_[32 * i] = uint4{};
   }
 
  private:
-  __device__ std::uint32_t* at(unsigned stage, int i) const { return memory_ + (stage * vectors + i) * (32 * words); }
+  __device__ uint4* at(unsigned stage, int i) const { return memory_ + (stage * vectors + i) * 32; }
 
-  std::uint32_t* const memory_;
+  uint4* const memory_;
 };
 
 /// N (2, 4 or 8) elements of a state as they lie in memory.

@@ -24,7 +24,7 @@ template <class P>
 __device__ bool fetch_record(const P& p, std::int64_t slot, unsigned row, SharedRecord& out) {
   bool bad = false;
   if (threadIdx.x < 32) {
-    RecordRow found;
+    RecordRow<> found;
     const int lane = static_cast<int>(threadIdx.x);
     bad = !found.fetch(p, slot, row, lane, true);
     for (int i = 0; i < window_words; ++i) out.places[32 * i + lane] = found.places[i];
