@@ -87,6 +87,9 @@ TEST_CASE("replay") {
         form.tree = true;
         check_replay(form);
       }
+    // More than there is shared memory for, with float32 entries: blocks then have fewer heads than the shape says.
+    for (const std::int64_t P : {37, 60})
+      check_replay({state, 8, 128, 64, shape(4, 4, 16), 4, 4, true, false, false, true, 64, P});
     for (const std::int64_t P : {17, 33, 60, 64}) {
       check_replay({state, 1, 128, 64, shape(2, 4, 32), 1, 2, true, false, false, true, 64, P});
       check_replay({state, 3, 128, 64, shape(1, 2, 32), 2, 2, false, false, false, true, 64, P});

@@ -40,6 +40,7 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return c
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** params) {
   using namespace gatedelta::emulation;
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
+  if (config->dynamicSmemBytes > 227 * 1024) return cudaErrorInvalidValue;
   blockDim = config->blockDim;
   const dim3 grid = config->gridDim;
   try {
