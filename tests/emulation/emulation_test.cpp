@@ -124,14 +124,19 @@ TEST_CASE("recurrent, what is for no other kernel") {
         form.other_snapshots = other;
         check(form, Kernel::recurrent, 0);
       }
-      // Keys of 256 elements and many tokens, inputs of more than one part.
+      // Keys of 256 elements and many tokens, inputs that are not bfloat16, of tokens that are prepared in one turn and in
+      // several.
       check({state, 9, 256, 96, {}, 1, 2, true, value_last}, Kernel::recurrent, 0);
-      for (const std::int64_t K : {128, 256})
-        for (const bool usual : {true, false}) {
-          Form form{state, 11, K, 64, {}, 1, 2, usual, value_last};
-          form.inputs = DType::f32;
-          check(form, Kernel::recurrent, 0);
-        }
+      for (const std::int64_t T : {5, 11, 17})
+        for (const DType inputs : {DType::f16, DType::f32})
+          for (const std::int64_t K : {128, 256})
+            for (const bool usual : {true, false}) {
+              if (K == 128 && !value_last && (T <= 8 || inputs == DType::f16)) continue;  // for serving, or chunks
+              if (K == 128 && T > 16 && inputs == DType::f16) continue;                   // for chunks
+              Form form{state, T, K, 64, {}, 1, 2, usual, value_last};
+              form.inputs = inputs;
+              check(form, Kernel::recurrent, 0);
+            }
     }
 }
 

@@ -18,10 +18,11 @@ std::int64_t entries_of(const Form& form, std::int64_t n) {
   return n == 0 ? form.entries : std::max<std::int64_t>(form.entries - 3, 0);
 }
 
-double rounded(DType dtype, double x) {
-  std::uint32_t stored = 0;
-  store_element(&stored, dtype, x);
-  return load_element(&stored, dtype);
+/// To bfloat16.
+double rounded(double x) {
+  std::uint16_t stored = 0;
+  store_element(&stored, DType::bf16, x);
+  return load_element(&stored, DType::bf16);
 }
 
 /// Elements of the last dimensions that are not what they were.
@@ -279,7 +280,7 @@ void Scene::expect(Result& result, std::int64_t n, std::int64_t h, std::int64_t 
       }
       const double u = beta * (load(in_.v, n, t, h, v) - recalled);
       const bool rounds = form_.capacity > 0 && form_.entry_dtype == DType::bf16;
-      const double entry = rounds ? rounded(DType::bf16, key_factor * u) / key_factor : u;
+      const double entry = rounds ? rounded(key_factor * u) / key_factor : u;
       for (std::size_t k = 0; k < key.size(); ++k) {
         s[k] += u * key[k], kept[v * K + k] += entry * key[k];
         out += s[k] * query[k];

@@ -162,10 +162,10 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
   }
   cudaError_t status = cudaSuccess;
   const auto tokens = static_cast<std::uint32_t>(p.most_tokens());
-  for (; status == cudaSuccess; p.passed_tokens += static_cast<std::uint32_t>(plan.token_tile)) {
-    if (p.passed_tokens > 0 && p.passed_tokens >= tokens) break;
+  do {
     status = launch_fast(kernel, plan.shape, warp_bytes, block_bytes, p, rows, stream, static_cast<int>(heads));
-  }
+    p.passed_tokens += static_cast<std::uint32_t>(plan.token_tile);
+  } while (status == cudaSuccess && p.passed_tokens < tokens);
   return status;
 }
 

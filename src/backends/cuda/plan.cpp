@@ -112,12 +112,14 @@ bool has_usual_gates(const ForwardParams& p) {
 
 int token_tile_of(std::int64_t tokens) { return tokens == 1 ? 1 : tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16; }
 
+/// Whether states after each token are stored.
+bool stores_each(const ForwardParams& p) { return p.store_tokens || p.snapshots.data != nullptr; }
+
 /// More than 8 tokens move 16 bytes of v and o at a time. Keys of 256 elements: bfloat16, K-last, up to 8 tokens and no states
 /// but the last; with these the recurrence is as fast, or up to 8 % faster.
 bool fits_serving(const ForwardParams& p, bool value_last) {
-  const bool each = p.store_tokens || p.snapshots.data != nullptr;
   return p.cu_seqlens.data == nullptr && p.tokens >= 2 && p.tokens <= 16 &&
-         (p.key_dim <= 128 || (p.q.dtype == DType::bf16 && !value_last && p.tokens <= 8 && !each)) &&
+         (p.key_dim <= 128 || (p.q.dtype == DType::bf16 && !value_last && p.tokens <= 8 && !stores_each(p))) &&
          (p.tokens <= 8 || (has_vectors(p.v, 3, 8) && has_vectors(p.o, 3, 8))) &&
          (p.snapshots.data == nullptr || p.snapshots.dtype == p.state_dtype);
 }
@@ -132,7 +134,7 @@ bool fits_chunks(const ForwardParams& p) {
 /// token, of float32 inputs up to 4 tokens (it takes 0.85 to 1.05 of the time), V-last of 32 bits and more than 2 tokens (0.8
 /// for few sequences to 1.15 for 64; of 16 bits serving takes 0.7 to 0.9 of the recurrence's time).
 bool fits_recurrent(const ForwardParams& p, bool value_last) {
-  if (!p.store_tokens && p.snapshots.data == nullptr) return false;
+  if (!stores_each(p)) return false;
   return value_last ? p.state_dtype == DType::f32 && p.tokens > 2 : p.q.dtype == DType::f32 && p.tokens <= 4;
 }
 
@@ -260,7 +262,6 @@ Plan make_plan(const ForwardParams& p) {
   const bool vectors = form && inputs == DType::bf16, half = form && inputs == DType::f16;
   const bool usual = vectors && has_usual_gates(p);
   const bool serving = form && (vectors || (!plan.value_last && (half || p.tokens <= 8))) && fits_serving(p, plan.value_last);
-  const bool snapshots = p.snapshots.data != nullptr;
   if (serving && !fits_recurrent(p, plan.value_last)) {
     plan.kernel = Kernel::serving;
     plan.token_tile = token_tile_of(p.tokens);
@@ -271,12 +272,12 @@ Plan make_plan(const ForwardParams& p) {
     plan.inputs = inputs;
   } else if (p.cu_seqlens.data == nullptr && p.tokens == 1) {
     plan.kernel = Kernel::decode;
-    plan.common = usual && !snapshots;
+    plan.common = usual && p.snapshots.data == nullptr;
   } else {
     plan.kernel = Kernel::recurrent;
   }
   if (plan.kernel != Kernel::recurrent)
-    choose_shape(p, snapshots || p.store_tokens ? Stores::each : p.store_final ? Stores::last : Stores::none, plan);
+    choose_shape(p, stores_each(p) ? Stores::each : p.store_final ? Stores::last : Stores::none, plan);
   choose_start(p, plan);
   return plan;
 }
