@@ -14,6 +14,10 @@
 namespace gatedelta::cpu {
 namespace {
 
+// Bytes of a 16-bit state to ask for ahead, into L2: widening it takes so long that its loads alone are too few to keep memory
+// busy.
+constexpr int64_t read_ahead = 8192;
+
 /// A matrix whose rows may lie anywhere, for multiply_group: the last row is repeated up to a full group.
 template <class S>
 struct Places {
@@ -39,18 +43,35 @@ GATEDELTA_INLINE void multiply_places(const Places<S>& rows, const float* key, c
 }
 
 /// One pass over a state: S0 key and S0 query of `rows` rows (a multiple of row_group). Vectors in the order of load_pair.
+/// The state is read in the order of its memory, which the hardware's prefetchers follow best.
 template <class S, int64_t FixedK>
 GATEDELTA_KERNEL void read_state(const Rows& at, int64_t rows, int64_t padded_key, const float* key, const float* query,
                                  float* with_key, float* with_query) {
-  const int64_t K = FixedK ? FixedK : padded_key, row_bytes = K * (int64_t)sizeof(S);
-  const int64_t stride = FixedK ? row_bytes : at.source_stride;
-  const int64_t near = prefetch_near / row_bytes * stride, far = prefetch_far<S> / row_bytes * stride;
+  const int64_t K = FixedK ? FixedK : padded_key;
+  const int64_t stride = FixedK ? K * (int64_t)sizeof(S) : at.source_stride;
   for (int64_t r = 0; r < rows; r += row_group) {
-    const char* first = at.source + r * stride;
-    const S* row[row_group];
+    vf key_sums[row_group], query_sums[row_group];
     GATEDELTA_UNROLL
-    for (int g = 0; g < row_group; ++g) row[g] = (const S*)(first + g * stride);
-    const Sums sums = multiply_group<S, row_group, false>(row, key, query, 1, K, nullptr, {first + near, first + far, stride});
+    for (int g = 0; g < row_group; ++g) {
+      const S* row = (const S*)(at.source + (r + g) * stride);
+      key_sums[g] = query_sums[g] = vf{};
+      if constexpr (sizeof(S) == 4) {
+        for (int64_t i = 0; i < K; i += W) {
+          const vf s = load(row + i);
+          key_sums[g] = fma(s, load(key + i), key_sums[g]);
+          query_sums[g] = fma(s, load(query + i), query_sums[g]);
+        }
+      } else {
+        for (int64_t i = 0; i < K; i += 2 * W) {
+          if (i * (int64_t)sizeof(S) % 64 == 0) __builtin_prefetch((const char*)(row + i) + read_ahead, 0, 2);
+          vf first, second;
+          load_pair(row + i, first, second);
+          key_sums[g] = fma(second, load(key + i + W), fma(first, load(key + i), key_sums[g]));
+          query_sums[g] = fma(second, load(query + i + W), fma(first, load(query + i), query_sums[g]));
+        }
+      }
+    }
+    const Sums sums = reduce(key_sums, query_sums);
     store_as(with_key + r, sums.a);
     store_as(with_query + r, sums.b);
   }
@@ -108,10 +129,10 @@ GATEDELTA_KERNEL void fold_rows(const Window& window, const Rows& at, int64_t ro
 
 constexpr int64_t replay_scratch_bytes(int64_t key_dim, int64_t rows) {
   const int64_t padded = round_up(key_dim, 2 * W), ld = round_up(rows, row_block), T = max_replay_tokens,
-                E = max_window_entries + T;
-  return 4 * (2 * T * padded + T * padded + max_window_entries * padded + 2 * padded + 2 * (E + W) + 2 * T * T + 2 * T * ld +
-              E * ld + row_group * padded + ld * padded + 2 * T + ld + stage_floats(padded > ld ? padded : ld)) +
-         8 * (max_window_entries + 1 + T * T + T) + 64 * 20;
+                P = max_window_entries, E = P + T;
+  const int64_t floats = 3 * T * padded + 2 * T * ld + 2 * T + ld * padded + 2 * stage_floats(padded > ld ? padded : ld) +
+                         2 * row_group * padded + 4 * padded + P * padded + E * ld + 3 * (E + W) + ld + 2 * P + 1 + W + P * ld;
+  return 4 * floats + 8 * (P + 1 + T * T + 2 * T + E) + 64 * 24;
 }
 
 /// e^x for n doubles into floats; both have room up to a multiple of W.
@@ -141,85 +162,133 @@ inline void find_paths(const ReplayWork& work, const Paths& paths) {
   }
 }
 
-template <class E>
-GATEDELTA_INLINE void store_entry(const float* from, const Matrix& to, int64_t place, int64_t n, float* seen) {
-  char* at = to.data + place * to.row_stride;
-  store_run<E>(from, at, to.col_stride, n);
-  load_run<E>(at, to.col_stride, n, seen);  // as others see it
+/// One new token of a head and its products with the entries before it.
+struct Recall {
+  float decay, beta, norm, own;        // e^G since the checkpoint; what the norm multiplied the key with; key . query
+  const float *with_key, *with_query;  // products of the entries, times their decays
+  int64_t length, entries;             // P; P and the tokens before this one, of which
+  uint64_t above;                      // those with a bit count: others may be infinite
+};
+
+/// N vectors of rows of one token: `now` is S0 key and becomes the correction, `out` is S0 query and becomes the output.
+template <int N, class E>
+GATEDELTA_INLINE void correct(const Recall& token, const E* const* corrections, const float* v, int64_t r, float* now,
+                              float* out) {
+  vf recalled[N], o[N];
+  GATEDELTA_UNROLL
+  for (int n = 0; n < N; ++n) {
+    recalled[n] = set1(token.decay) * load(now + r + n * W);
+    o[n] = set1(token.decay) * load(out + r + n * W);
+  }
+  for (int64_t j = 0; j < token.entries; ++j) {
+    if (j >= token.length && !(token.above >> (j - token.length) & 1)) continue;
+    const vf k = set1(token.with_key[j]), q = set1(token.with_query[j]);
+    GATEDELTA_UNROLL
+    for (int n = 0; n < N; ++n) {
+      const vf u = load(corrections[j] + r + n * W);
+      recalled[n] = fma(k, u, recalled[n]);
+      o[n] = fma(q, u, o[n]);
+    }
+  }
+  GATEDELTA_UNROLL
+  for (int n = 0; n < N; ++n) {
+    const vf correction = set1(token.beta) * (load(v + r + n * W) - recalled[n]);
+    store(now + r + n * W, set1(token.norm) * correction);
+    store(out + r + n * W, fma(set1(token.own), correction, o[n]));
+  }
 }
 
-/// E is the type of the entries.
+/// A head's call, in the order of its functions. E is the type of the entries.
 template <class E>
-void replay_head(const ReplayWork& work) {
+struct Replay {
+  explicit Replay(const ReplayWork& work) : work(work) {
+    keys = scratch.floats(2 * T * padded);
+    queries = keys + T * padded;
+    with_keys = scratch.floats(2 * T * ld);
+    with_queries = with_keys + T * ld;
+    own = scratch.floats(2 * T);
+    norm = own + T;
+    rest = (double*)scratch.floats(2 * (P + 1));
+    paths = {(double*)scratch.floats(2 * T * T), (double*)scratch.floats(2 * T), (uint64_t*)scratch.floats(2 * T)};
+  }
+
+  void load_tokens();
+  void read_checkpoint();
+  void find_entries();
+  void correct_tokens();
+  void fold();
+
+  char* key_at(int64_t j) const { return work.entry_keys.data + work.order[j] * work.entry_keys.row_stride; }
+  char* correction_at(int64_t j) const {
+    return work.entry_corrections.data + work.order[j] * work.entry_corrections.row_stride;
+  }
+  char* decay_at(int64_t j) const { return work.decays + work.order[j] * (int64_t)sizeof(float); }
+  void find_correction(int64_t j);
+
+  const ReplayWork& work;
   const HeadWork& head = work.head;
   const int64_t T = head.tokens, P = work.length, padded = round_up(head.key_dim, 2 * W), ld = round_up(head.rows, row_block);
+  const int64_t covered = round_up(head.rows, W);                      // rows that vectors reach
+  const bool whole_keys = head.key_dim % (2 * W) == 0;                 // vectors of keys
+  const bool whole_rows = head.rows % W == 0;                          // and of corrections end where their data does
+  const bool direct = head.dense_rows && head.key_dim % (2 * W) == 0;  // the caller's memory is the state that is worked on
   Scratch scratch{head.scratch};
-  float* keys = scratch.floats(2 * T * padded);  // normalised, followed by the queries
-  float* queries = keys + T * padded;
-  float* seen_keys = scratch.floats(T * padded);  // as stored
-  float* arranged = scratch.floats(2 * padded);
-  float* key_mix = scratch.floats(P + T + W);  // products of the entries with one token's key, then times their decays
-  float* query_mix = scratch.floats(P + T + W);
-  float* recent = scratch.floats(max_window_entries + W);  // e^x of the sums of one token
-  float* with_keys = scratch.floats(T * ld * 2);           // S0 k_t, then u_t
-  float* with_queries = with_keys + T * ld;
-  float* u = scratch.floats((P + T) * ld);  // of the entries, as stored
-  float* v = scratch.floats(ld);
-  float* widened = scratch.floats(row_group * padded);
-  float* own = scratch.floats(2 * T);  // k_t.q_t
-  float* norm = own + T;               // what the norm multiplied k_t with
-  auto* rest = (double*)scratch.floats(2 * (P + 1));
-  auto* exponents = (double*)scratch.floats(2 * (max_window_entries + max_replay_tokens));
-  const Paths paths{(double*)scratch.floats(2 * T * T), (double*)scratch.floats(2 * T), (uint64_t*)scratch.floats(2 * T)};
 
-  // Sums of g behind each entry; rest[0] - with all entries - belongs to the checkpoint, rest[j+1] to entry j.
+  float *keys, *queries;            // [T][padded], normalised, one behind the other
+  float* seen_keys = nullptr;       // [T][padded], as entries hold them
+  float *with_keys, *with_queries;  // [T][ld]: S0 k_t and S0 q_t, then what entry t holds and o_t
+  float *own, *norm;                // [T]: k_t.q_t, and what the norm multiplied k_t with
+  double* rest;                     // [P+1]: sums of g: rest[0] that of all entries, rest[j+1] of those behind entry j
+  Paths paths;
+  float* state = nullptr;  // [ld][padded], unless direct
+  Rows at{};
+  Places<E> live;                // whole_keys
+  float* padded_keys = nullptr;  // [P][padded]: not whole_keys, or a fold
+  E* copies = nullptr;           // [P+T][ld]: not whole_rows
+  const E* corrections[max_window_entries + max_replay_tokens];
+};
+
+template <class E>
+void Replay<E>::load_tokens() {
   rest[P] = 0;
-  for (int64_t j = P; j-- > 0;)
-    rest[j] = rest[j + 1] + load_as<float>(work.decays + (int64_t)work.order[j] * (int64_t)sizeof(float));
+  for (int64_t j = P; j-- > 0;) rest[j] = rest[j + 1] + load_as<float>(decay_at(j));
   find_paths(work, paths);
-  for (int64_t j = 0; j < P; ++j) load_run(work.entry_corrections, work.order[j], head.rows, u + j * ld);
-  for (int64_t j = 0; j < P; ++j)
-    for (int64_t r = head.rows; r < ld; ++r) u[j * ld + r] = 0;
+  seen_keys = scratch.floats(T * padded);
   for (int64_t t = 0; t < T; ++t) {
-    norm[t] = (float)load_vector(head.k, t, head.key_dim, padded, head.qk_l2norm, head.l2_eps, 1.0, keys + t * padded);
-    load_vector(head.q, t, head.key_dim, padded, head.qk_l2norm, head.l2_eps, head.scale, queries + t * padded);
-    own[t] = dot(keys + t * padded, queries + t * padded, padded);
-    float* seen = seen_keys + t * padded;
+    float *key = keys + t * padded, *query = queries + t * padded, *seen = seen_keys + t * padded;
+    norm[t] = (float)load_vector(head.k, t, head.key_dim, padded, head.qk_l2norm, head.l2_eps, 1.0, key);
+    load_vector(head.q, t, head.key_dim, padded, head.qk_l2norm, head.l2_eps, head.scale, query);
+    own[t] = dot(key, query, padded);
     load_run(head.k, t, head.key_dim, seen);
-    for (int64_t i = head.key_dim; i < padded; ++i) seen[i] = 0;
-    if (work.stores_keys) {
-      store_entry<E>(seen, work.entry_keys, work.order[P + t], head.key_dim, seen);
-    } else {
-      E entry[W];
-      for (int64_t i = 0; i < padded; i += W) {
-        store(entry, load(seen + i));
-        store(seen + i, load(entry));
-      }
+    fill_zero(seen + head.key_dim, padded - head.key_dim);
+    if (work.stores_keys) store_run<E>(seen, key_at(P + t), sizeof(E), head.key_dim);
+    if (work.stores_decays) store_as(decay_at(P + t), (float)head.log_decay[t]);
+    E entry[W];
+    for (int64_t i = 0; i < padded; i += W) {
+      store(entry, load(seen + i));
+      store(seen + i, load(entry));
     }
-    if (work.stores_decays)
-      store_as(work.decays + (int64_t)work.order[P + t] * (int64_t)sizeof(float), (float)head.log_decay[t]);
   }
+}
 
-  // The state: straight from the caller's memory where its rows are dense, through a copy in float otherwise.
-  Matrix source = head.source, target = head.target;
-  float* state = nullptr;
-  float* stage = nullptr;
-  if (!head.dense_rows || head.key_dim % (2 * W) != 0) {
+template <class E>
+void Replay<E>::read_checkpoint() {
+  Matrix source = head.source;
+  at = {source.data, source.row_stride, head.target.data, head.target.row_stride};
+  if (!direct) {
     state = scratch.floats(ld * padded);
-    stage = scratch.floats(stage_floats(padded > ld ? padded : ld));
-    for (int64_t i = 0; i < ld * padded; ++i) state[i] = 0;
-    load_dense(source, head.rows, head.key_dim, state, padded, stage);
+    fill_zero(state, ld * padded);
+    load_dense(source, head.rows, head.key_dim, state, padded, scratch.floats(stage_floats(padded > ld ? padded : ld)));
     source = {(char*)state, padded * 4, 4, Element::f32};
-    if (target.data) target = source;
+    at = {source.data, source.row_stride, head.target.data ? source.data : nullptr, source.row_stride};
   }
-  const Rows at{source.data, source.row_stride, target.data, target.row_stride};
-  const int64_t rows = state ? round_up(head.rows, row_group) : head.rows;
+  const int64_t rows = round_up(head.rows, row_group);
   with_element(source.type, [&]<class S>(S* type) {
-    if (T != 1) return read_state_many<S>(at, rows, padded, keys, T, with_keys, ld, widened);
+    if (T != 1) return read_state_many<S>(at, rows, padded, keys, T, with_keys, ld, scratch.floats(row_group * padded));
     const float *key = keys, *query = queries;
     if constexpr (sizeof(S) != 4) {
-      arrange(type, keys, padded, arranged);
-      arrange(type, queries, padded, arranged + padded);
+      float* arranged = scratch.floats(2 * padded);
+      arrange(type, keys, 2 * padded, arranged);
       key = arranged;
       query = arranged + padded;
     }
@@ -227,82 +296,109 @@ void replay_head(const ReplayWork& work) {
         ? read_state<S, 128>(at, rows, padded, key, query, with_keys, with_queries)
         : read_state<S, 0>(at, rows, padded, key, query, with_keys, with_queries);
   });
+}
 
-  Places<E> live;
-  const bool in_place = head.key_dim % (2 * W) == 0;  // otherwise the entries of the window are padded first
-  float* padded_keys = scratch.floats(P * padded);
-  if (!in_place || target.data)
+template <class E>
+void Replay<E>::find_correction(int64_t j) {
+  const auto* from = (const E*)correction_at(j);
+  corrections[j] = from;
+  if (whole_rows) return;
+  E* to = copies + j * ld;
+  for (int64_t i = 0; i < covered; ++i) store_as(to + i, i < head.rows ? load_as<E>(from + i) : E{});
+  corrections[j] = to;
+}
+
+template <class E>
+void Replay<E>::find_entries() {
+  if (whole_keys && P > 0) live.fill(work.entry_keys.data, work.entry_keys.row_stride, work.order, P);
+  if (!whole_keys || head.target.data) {
+    padded_keys = scratch.floats(P * padded);
     for (int64_t j = 0; j < P; ++j) {
-      load_run(work.entry_keys, work.order[j], head.key_dim, padded_keys + j * padded);
-      for (int64_t i = head.key_dim; i < padded; ++i) padded_keys[j * padded + i] = 0;
+      load_run<E>(key_at(j), sizeof(E), head.key_dim, padded_keys + j * padded);
+      fill_zero(padded_keys + j * padded + head.key_dim, padded - head.key_dim);
     }
-  if (in_place && P > 0) live.fill(work.entry_keys.data, work.entry_keys.row_stride, work.order, P);
+  }
+  if (!whole_rows) copies = (E*)scratch.floats((P + T) * ld);
+  for (int64_t j = 0; j < P; ++j) find_correction(j);
+}
 
+template <class E>
+void Replay<E>::correct_tokens() {
+  float* arranged = scratch.floats(2 * padded);
+  float* with_key = scratch.floats(P + T + W);  // products of the entries with one token's key, then times their decays
+  float* with_query = scratch.floats(P + T + W);
+  float* decays = scratch.floats(P + T + W);
+  auto* exponents = (double*)scratch.floats(2 * (P + T));
+  float* v = scratch.floats(ld);
   for (int64_t t = 0; t < T; ++t) {
     const float *key = keys + t * padded, *query = queries + t * padded;
-    if (P > 0 && in_place) {
-      if constexpr (sizeof(E) != 4) {
-        arrange((const E*)nullptr, key, padded, arranged);
-        arrange((const E*)nullptr, query, padded, arranged + padded);
-        key = arranged, query = arranged + padded;
-      }
-      multiply_places(live, key, query, padded, key_mix, query_mix);
-      key = keys + t * padded, query = queries + t * padded;
+    if (P > 0 && whole_keys) {
+      arrange((const E*)nullptr, key, padded, arranged);
+      arrange((const E*)nullptr, query, padded, arranged + padded);
+      multiply_places(live, arranged, arranged + padded, padded, with_key, with_query);
     } else {
       for (int64_t j = 0; j < P; ++j) {
-        key_mix[j] = dot(key, padded_keys + j * padded, padded);
-        query_mix[j] = dot(query, padded_keys + j * padded, padded);
+        with_key[j] = dot(key, padded_keys + j * padded, padded);
+        with_query[j] = dot(query, padded_keys + j * padded, padded);
       }
     }
     for (int64_t j = 0; j < P; ++j) exponents[j] = rest[j + 1] + paths.total[t];
     exponents[P] = rest[0] + paths.total[t];
-    exponentials(exponents, P + 1, recent);
-    const float decay = recent[P];
+    exponentials(exponents, P + 1, decays);
+    const float decay = decays[P];
     for (int64_t j = 0; j < P; ++j) {
-      key_mix[j] *= recent[j];
-      query_mix[j] *= recent[j];
+      with_key[j] *= decays[j];
+      with_query[j] *= decays[j];
     }
-    if (t > 0) exponentials(paths.since + t * T, t, recent);
+    if (t > 0) exponentials(paths.since + t * T, t, decays);
     for (int64_t j = 0; j < t; ++j) {
       const bool above = paths.above[t] >> j & 1;
-      key_mix[P + j] = above ? recent[j] * dot(key, seen_keys + j * padded, padded) : 0.0f;
-      query_mix[P + j] = above ? recent[j] * dot(query, seen_keys + j * padded, padded) : 0.0f;
+      with_key[P + j] = above ? decays[j] * dot(key, seen_keys + j * padded, padded) : 0.0f;
+      with_query[P + j] = above ? decays[j] * dot(query, seen_keys + j * padded, padded) : 0.0f;
     }
-    const auto counts = [&](int64_t j) { return j < P || (paths.above[t] >> (j - P) & 1); };
 
     load_run(head.v, t, head.rows, v);
-    for (int64_t r = head.rows; r < ld; ++r) v[r] = 0;
+    fill_zero(v + head.rows, ld - head.rows);
     float *now = with_keys + t * ld, *out = with_queries + t * ld;
-    const vf d = set1(decay), b = set1((float)head.beta[t]), self = set1(own[t]), factor = set1(norm[t]);
-    for (int64_t r = 0; r < ld; r += W) {
-      vf recalled = d * load(now + r), o = d * load(out + r);
-      for (int64_t j = 0; j < P + t; ++j) {
-        if (!counts(j)) continue;  // 0 * infinity
-        const vf entry = load(u + j * ld + r);
-        recalled = fma(set1(key_mix[j]), entry, recalled);
-        o = fma(set1(query_mix[j]), entry, o);
-      }
-      const vf correction = b * (load(v + r) - recalled);
-      store(now + r, factor * correction);
-      store(out + r, fma(self, correction, o));
-    }
+    const Recall token{decay, (float)head.beta[t], norm[t], own[t], with_key, with_query, P, P + t, paths.above[t]};
+    int64_t r = 0;
+    for (; r + update_vectors * W <= covered; r += update_vectors * W)
+      correct<update_vectors>(token, corrections, v, r, now, out);
+    for (; r < covered; r += W) correct<1>(token, corrections, v, r, now, out);
     store_run(out, head.o, t, head.rows);
-    store_entry<E>(now, work.entry_corrections, work.order[P + t], head.rows, u + (P + t) * ld);
-    for (int64_t r = head.rows; r < ld; ++r) u[(P + t) * ld + r] = 0;
+    store_run<E>(now, correction_at(P + t), sizeof(E), head.rows);
+    find_correction(P + t);
   }
+}
 
-  if (!target.data) return;
+template <class E>
+void Replay<E>::fold() {
+  float* decays = scratch.floats(P + 1 + W);
+  float* weights = scratch.floats(P * ld);
   Window window{};
   window.tokens = P;
   window.keys = padded_keys;
-  window.decay = recent;
-  exponentials(rest, P + 1, key_mix);
+  window.decay = scratch.floats(P);
+  exponentials(rest, P + 1, decays);
   for (int64_t j = 0; j < P; ++j) {
-    recent[j] = key_mix[0];  // update_rows takes the last one as the decay of the state
-    for (int64_t r = 0; r < ld; r += W) store(u + j * ld + r, load(u + j * ld + r) * set1(key_mix[j + 1]));
+    window.decay[j] = decays[0];  // update_rows takes the last one as the decay of the state
+    for (int64_t r = 0; r < covered; r += W) store(weights + j * ld + r, load(corrections[j] + r) * set1(decays[j + 1]));
   }
-  with_element(source.type, [&]<class S>(S*) { fold_rows<S>(window, at, rows, padded, u, ld, widened); });
-  if (state) store_dense(state, padded, head.rows, head.key_dim, head.target, stage);
+  float* widened = scratch.floats(row_group * padded);
+  with_element(state ? Element::f32 : head.source.type,
+               [&]<class S>(S*) { fold_rows<S>(window, at, round_up(head.rows, row_group), padded, weights, ld, widened); });
+  if (state)
+    store_dense(state, padded, head.rows, head.key_dim, head.target, scratch.floats(stage_floats(padded > ld ? padded : ld)));
+}
+
+template <class E>
+void replay_head(const ReplayWork& work) {
+  Replay<E> head(work);
+  head.load_tokens();
+  head.read_checkpoint();
+  head.find_entries();
+  head.correct_tokens();
+  if (work.head.target.data) head.fold();
 }
 
 inline void replay(const ReplayWork& work) {
