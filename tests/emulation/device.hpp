@@ -9,6 +9,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "machine.hpp"
 
@@ -18,6 +19,9 @@
 #define __launch_bounds__(...)
 #undef __grid_constant__
 #define __grid_constant__
+// One for all fibers of a block. Unlike `static`, it may stand behind `extern`, and means the same inside of a function alone.
+#undef __shared__
+#define __shared__ thread_local
 
 namespace gatedelta::emulation {
 extern uint3 threadIdx, blockIdx;
@@ -100,3 +104,20 @@ inline int atomicCAS(int* at, int expected, int value) {
 
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 inline void cudaGridDependencySynchronize() {}
+
+// Of variables of a device.
+template <class T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
+}
+template <class T>
+cudaError_t cudaMemcpyFromSymbolAsync(void* to, const T& symbol, std::size_t bytes, std::size_t, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, &symbol, bytes);
+  return cudaSuccess;
+}
+template <class T>
+cudaError_t cudaMemcpyToSymbolAsync(T& symbol, const void* from, std::size_t bytes, std::size_t, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(&symbol, from, bytes);
+  return cudaSuccess;
+}

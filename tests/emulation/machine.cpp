@@ -19,8 +19,9 @@
 namespace gatedelta::cuda {
 
 constexpr std::size_t guard_bytes = 4096;
-/// The dynamic shared memory of all kernels.
-alignas(1024) uint4 shared[(emulation::most_shared_bytes + guard_bytes) / sizeof(uint4)];
+/// The dynamic shared memory of the fast kernels, and that of those for every case.
+alignas(1024) thread_local uint4 shared[(emulation::most_shared_bytes + guard_bytes) / sizeof(uint4)];
+alignas(1024) thread_local float4 dynamic[(emulation::most_shared_bytes + guard_bytes) / sizeof(float4)];
 
 }  // namespace gatedelta::cuda
 
@@ -133,8 +134,9 @@ bool resume_warp(ThreadAt thread_at) {
 
 void run_block(unsigned threads, std::size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % warp_lanes != 0 || shared_bytes > most_shared_bytes) throw std::runtime_error("no such block");
-  auto* const memory = reinterpret_cast<unsigned char*>(cuda::shared);
-  std::memset(memory, untouched, shared_bytes + cuda::guard_bytes);
+  const auto bytes_of = [](auto* memory) { return reinterpret_cast<unsigned char*>(memory); };
+  for (auto* const memory : {bytes_of(cuda::shared), bytes_of(cuda::dynamic)})
+    std::memset(memory, untouched, shared_bytes + cuda::guard_bytes);
   block.kernel = &kernel;
   block.count = threads, block.arrivals = 0;
   block.fault.clear();
@@ -152,9 +154,10 @@ void run_block(unsigned threads, std::size_t shared_bytes, const std::function<v
   }
   for (unsigned i = 0; i < threads; ++i)
     if (!block.threads[i]->done) throw std::runtime_error("thread " + std::to_string(i) + " waits for one that does not come");
-  if (std::any_of(memory + shared_bytes, memory + shared_bytes + cuda::guard_bytes,
-                  [](unsigned char byte) { return byte != untouched; }))
-    throw std::runtime_error("a block wrote behind its shared memory");
+  for (const auto* const memory : {bytes_of(cuda::shared), bytes_of(cuda::dynamic)})
+    if (std::any_of(memory + shared_bytes, memory + shared_bytes + cuda::guard_bytes,
+                    [](unsigned char byte) { return byte != untouched; }))
+      throw std::runtime_error("a block wrote behind its shared memory");
 }
 
 int own_lane() { return static_cast<int>(block.running->index % warp_lanes); }

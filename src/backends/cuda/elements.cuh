@@ -10,6 +10,26 @@
 // Single elements of strided tensors on the device, every offset in 64 bits.
 namespace gatedelta::cuda {
 
+template <DType dtype>
+struct ElementOf;
+template <>
+struct ElementOf<DType::f32> {
+  using Type = float;
+};
+template <>
+struct ElementOf<DType::f16> {
+  using Type = __half;
+};
+template <>
+struct ElementOf<DType::bf16> {
+  using Type = __nv_bfloat16;
+};
+/// The other way round.
+template <class Element>
+constexpr DType element_dtype = sizeof(Element) == 4              ? DType::f32
+                                : std::is_same_v<Element, __half> ? DType::f16
+                                                                  : DType::bf16;
+
 /// With index and stride of 32 bits this is one instruction.
 __device__ inline std::int64_t product(std::uint32_t index, std::int32_t stride) {
   return multiply_wide(static_cast<std::int32_t>(index), stride);

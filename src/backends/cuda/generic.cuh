@@ -21,10 +21,10 @@ __device__ inline void normalise(float* vector, int K, double eps) {
 }
 
 __global__ void __launch_bounds__(block_threads) forward_kernel(const __grid_constant__ ForwardParams p) {
-  extern __shared__ float memory[];
+  extern __shared__ float4 dynamic[];
   __shared__ double decay, beta;
   const int K = static_cast<int>(p.key_dim), tid = static_cast<int>(threadIdx.x), lane = tid % 32;
-  float* const S = memory;
+  float* const S = reinterpret_cast<float*>(dynamic);
   float* const q = S + p.slice_rows * K;
   float* const k = q + K;
   const unsigned slices = p.slices, heads = p.heads;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels for every case, and the fault record.
 #include "backends/cuda/generic.cuh"
+#include "backends/cuda/launch_kernel.hpp"
 #include "backends/cuda/plan.hpp"
 
 namespace gatedelta::cuda {
@@ -15,9 +16,11 @@ const void* generic_kernel() { return reinterpret_cast<const void*>(forward_kern
 
 cudaError_t launch_commit(const CommitParams& params, cudaStream_t stream) {
   if (params.rows == 0) return cudaSuccess;
-  void* arguments[] = {const_cast<CommitParams*>(&params)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(commit_kernel), dim3(static_cast<unsigned>(params.rows * params.heads)),
-                          dim3(block_threads), arguments, 0, stream);
+  Launch what;
+  what.kernel = reinterpret_cast<const void*>(commit_kernel);
+  what.grid = dim3(static_cast<unsigned>(params.rows * params.heads));
+  what.threads = block_threads;
+  return launch_kernel(what, params, stream);
 }
 
 cudaError_t find_fault_record(Fault*& out) {

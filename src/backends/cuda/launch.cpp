@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "backends/cuda/launch_kernel.hpp"
 #include "backends/cuda/plan.hpp"
 
 namespace gatedelta::cuda {
@@ -37,31 +38,14 @@ FastKernel find_kernel(const Plan& plan, DType state, std::int64_t key_dim, bool
   }
 }
 
-struct Launch {
-  const void* function = nullptr;
-  dim3 grid;
-  unsigned threads = 0;
-  std::size_t shared_bytes = 0;
-};
-
-cudaError_t launch(const Launch& what, bool dependent, void* params, cudaStream_t stream) {
+template <class P>
+cudaError_t launch(const Launch& what, const P& params, cudaStream_t stream) {
   if (what.shared_bytes > shared_without_asking) {
     const cudaError_t status =
-        cudaFuncSetAttribute(what.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(what.shared_bytes));
+        cudaFuncSetAttribute(what.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(what.shared_bytes));
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim = what.grid;
-  config.blockDim = dim3(what.threads);
-  config.dynamicSmemBytes = what.shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
-  void* arguments[] = {params};
-  return cudaLaunchKernelExC(&config, what.function, arguments);
+  return launch_kernel(what, params, stream);
 }
 
 /// Cuts the call into blocks as the shape says.
@@ -69,7 +53,8 @@ template <class P>
 cudaError_t launch_fast(const FastKernel& kernel, const Shape& shape, std::size_t warp_bytes, std::size_t block_bytes, P& p,
                         std::int64_t rows, cudaStream_t stream, int block_heads = 1) {
   Launch what;
-  what.function = kernel.function;
+  what.kernel = kernel.function;
+  what.dependent = p.dependent;
   const int warps = kernel.warps > 0 ? kernel.warps : shape.warps;
   what.threads = 32 * static_cast<unsigned>(warps);
   what.shared_bytes = block_bytes + static_cast<std::size_t>(warps) * warp_bytes;
@@ -82,7 +67,7 @@ cudaError_t launch_fast(const FastKernel& kernel, const Shape& shape, std::size_
   for (std::int64_t first = 0; first < rows; first += max_grid_yz) {
     p.first_row = static_cast<std::uint32_t>(first);
     what.grid.z = static_cast<unsigned>(std::min(rows - first, max_grid_yz));
-    const cudaError_t status = launch(what, p.dependent, &p, stream);
+    const cudaError_t status = launch(what, p, stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
@@ -104,11 +89,12 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
   Launch what;
   FastParams p{};
   if (plan.kernel == Kernel::generic || !narrow(params, p)) {
-    what.function = generic_kernel();
+    what.kernel = generic_kernel();
+    what.dependent = params.dependent;
     what.threads = 256;
     what.grid = dim3(static_cast<unsigned>(rows * params.heads * params.slices));
     what.shared_bytes = static_cast<std::size_t>((params.slice_rows + 2) * params.key_dim) * sizeof(float);
-    return launch(what, params.dependent, const_cast<ForwardParams*>(&params), stream);
+    return launch(what, params, stream);
   }
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim, false);
   p.stores_stay = plan.shape.stores_stay, p.ahead = plan.ahead, p.early = plan.early;

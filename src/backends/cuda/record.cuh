@@ -45,8 +45,8 @@ struct RecordRow {
                  : cuda::record(p.fault, FaultKind::length, row, length, p.window.capacity);
     return __all_sync(0xffffffffu, good);
   }
-  /// Of a record that is in range: behind the entries there are those of `tokens`, as many as have come before the others
-  /// (`left`) of a call. If there was no room for all of them, the window has been folded.
+  /// Of a record that is in range: adds the entries of `tokens`, those of this call that have come before `left` others. If
+  /// there was no room for all of these, the window has been folded.
   __device__ void append(int tokens, int left, const WindowParams& window) {
     if (length + tokens + left > window.capacity) first = length, length = 0;
     length += tokens;

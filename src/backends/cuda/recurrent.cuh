@@ -384,15 +384,15 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
             store_state(p.state_write, slot);
         if (p.snapshots.data == nullptr) continue;
         if (p.snapshots.dtype != element_dtype<State>) {
-          const auto store_as_is = [&](auto* data) {
+          const auto store_converted = [&](auto* data) {
             store_directly(data + offset_of(p.snapshots, n, number_of_row, h), p.snapshots.strides[3], p.snapshots.strides[4]);
           };
           using First = std::conditional_t<sizeof(State) == 4, __half, float>;
           using Second = std::conditional_t<std::is_same_v<State, __nv_bfloat16>, __half, __nv_bfloat16>;
           if (p.snapshots.dtype == element_dtype<First>)
-            store_as_is(static_cast<First*>(p.snapshots.data));
+            store_converted(static_cast<First*>(p.snapshots.data));
           else
-            store_as_is(static_cast<Second*>(p.snapshots.data));
+            store_converted(static_cast<Second*>(p.snapshots.data));
           continue;
         }
         Tensor<std::int64_t, 4> to;

@@ -16,11 +16,6 @@ constexpr int bfloat_parts_of = sizeof(Element) == 4                     ? 3
                                 : std::is_same_v<Element, __nv_bfloat16> ? 1
                                                                          : 2;
 
-template <class Element>
-constexpr DType element_dtype = sizeof(Element) == 4              ? DType::f32
-                                : std::is_same_v<Element, __half> ? DType::f16
-                                                                  : DType::bf16;
-
 /// Elements of a 16-byte vector.
 template <class Element>
 constexpr int lanes_of = 16 / static_cast<int>(sizeof(Element));

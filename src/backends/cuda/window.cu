@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of replay windows for every case.
+#include "backends/cuda/launch_kernel.hpp"
 #include "backends/cuda/plan.hpp"
 #include "backends/cuda/window.cuh"
 
@@ -10,9 +11,12 @@ template <class Params>
 cudaError_t launch(void (*kernel)(Params), std::int64_t blocks, int threads, std::size_t shared_bytes, const Params& params,
                    cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
-  void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                          dim3(static_cast<unsigned>(threads)), arguments, shared_bytes, stream);
+  Launch what;
+  what.kernel = reinterpret_cast<const void*>(kernel);
+  what.grid = dim3(static_cast<unsigned>(blocks));
+  what.threads = static_cast<unsigned>(threads);
+  what.shared_bytes = shared_bytes;
+  return launch_kernel(what, params, stream);
 }
 
 }  // namespace
