@@ -153,8 +153,8 @@ class Run {
       const Case c = make_case(family, seed, index, memory.device().type != DeviceType::cpu);
       if (progress_) std::fprintf(stderr, "\r\033[K%s", c.name.c_str());
       Checker checker(*backend, memory);
-      on_backend(c, seed, *backend, checker, [&] { check(family, c, memory, checker); });
-      if (options_.bench && checker.calls() > 0 && checker.failures().empty()) {
+      const bool passed = on_backend(c, seed, *backend, checker, [&] { check(family, c, memory, checker); });
+      if (options_.bench && passed && checker.calls() > 0) {
         const double median = time_case(c, *backend, memory);
         results_.back()["median_us"] = median;
         std::printf("%-16s %-10s %12.2f us\n", c.name.c_str(), std::string(backend->name()).c_str(), median);
@@ -175,9 +175,9 @@ class Run {
     }
   }
 
-  /// `run` makes the checker's calls; its failures are counted and reported.
+  /// `run` makes the checker's calls; its failures are counted and reported. True if there is none.
   template <class Subject, class Judge, class Function>
-  void on_backend(const Subject& c, std::uint64_t seed, const Backend& backend, const Judge& checker, Function run) {
+  bool on_backend(const Subject& c, std::uint64_t seed, const Backend& backend, const Judge& checker, Function run) {
     const std::string name(backend.name());
     nlohmann::json result = {{"backend", name}, {"case", c.name}, {"seed", seed}};
     if (const std::string reason = checker.unsupported_reason(c); !reason.empty()) {
@@ -185,19 +185,27 @@ class Run {
       ++counts_.skipped;
       result["skipped"] = reason;
       results_.push_back(result);
-      return;
+      return false;
     }
-    run();
+    std::string thrown;
+    try {
+      run();
+    } catch (const std::exception& error) {
+      thrown = error.what();
+    }
+    std::vector<Failure> failures = checker.failures();
+    if (!thrown.empty()) failures.push_back({"throws", "", thrown, 0, 0});
     counts_.calls += checker.calls();
-    ++(checker.failures().empty() ? counts_.passed : counts_.failed);
-    if (!checker.failures().empty()) report(c, seed, name, checker.failures());
-    for (const Failure& failure : checker.failures())
+    ++(failures.empty() ? counts_.passed : counts_.failed);
+    if (!failures.empty()) report(c, seed, name, failures);
+    for (const Failure& failure : failures)
       result["failures"].push_back({{"check", failure.check},
                                     {"tensor", failure.tensor},
                                     {"detail", failure.detail},
                                     {"error", failure.error},
                                     {"limit", failure.limit}});
     results_.push_back(result);
+    return failures.empty();
   }
 
   template <class Subject>
