@@ -1,19 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstddef>
+#include "backends/cuda/plan.hpp"
 
 namespace gatedelta::cuda {
-
-struct Launch {
-  const void* kernel = nullptr;
-  dim3 grid{};
-  unsigned threads = 0;
-  std::size_t shared_bytes = 0;
-  bool dependent = false;  ///< may begin before the launch ahead of it has ended
-};
 
 /// A kernel whose one parameter is `params`, which is copied.
 template <class Params>

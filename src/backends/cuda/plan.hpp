@@ -67,6 +67,15 @@ std::optional<Shape> parse_shape(const char* text);
 Plan make_plan(const ForwardParams& params);
 Plan make_replay_plan(const ReplayParams<ForwardParams>& params);
 
+/// A kernel of some grid, see launch_kernel.hpp.
+struct Launch {
+  const void* kernel = nullptr;
+  dim3 grid{};
+  unsigned threads = 0;
+  std::size_t shared_bytes = 0;
+  bool dependent = false;  ///< may begin before the launch ahead of it has ended
+};
+
 /// Launches the plan's kernel; all launches are asynchronous. Returns the launch's own status.
 cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaStream_t stream);
 cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& params, cudaStream_t stream);

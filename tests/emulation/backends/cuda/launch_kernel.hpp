@@ -1,24 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstddef>
 #include <functional>
 
+#include "backends/cuda/plan.hpp"
+
 // In place of src/backends/cuda/launch_kernel.hpp: the kernel runs at once, on the host.
-namespace gatedelta::cuda {
-
-struct Launch {
-  const void* kernel = nullptr;
-  dim3 grid{};
-  unsigned threads = 0;
-  std::size_t shared_bytes = 0;
-  bool dependent = false;
-};
-
-}  // namespace gatedelta::cuda
-
 namespace gatedelta::emulation {
 /// All blocks of the grid. What is wrong with a launch or a kernel becomes the text of the error that this returns.
 cudaError_t run_grid(const cuda::Launch& what, const std::function<void()>& kernel);
