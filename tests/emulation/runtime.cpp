@@ -21,7 +21,6 @@ std::string fault;
 cudaError_t run_grid(const cuda::Launch& what, const std::function<void()>& kernel) {
   fault.clear();
   if (what.kernel == nullptr) return cudaErrorInvalidDeviceFunction;
-  if (what.shared_bytes > most_shared_bytes) return cudaErrorInvalidValue;
   blockDim = dim3(what.threads);
   try {
     for (unsigned z = 0; z < what.grid.z; ++z)

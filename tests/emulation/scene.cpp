@@ -9,7 +9,6 @@
 #include "core/elements.hpp"
 #include "core/faults.hpp"
 #include "gatedelta/backend.hpp"
-#include "launch.hpp"
 
 namespace gatedelta::emulation {
 namespace {
@@ -180,15 +179,16 @@ Result Scene::run(cuda::Kernel kernel, int token_tile) {
   Result result;
   const Call call = validate(config_, in_);
   Fault fault{};
-  const auto launch_as = [&](auto params, auto make_plan) {
+  const auto launch_as = [&](auto params, auto make_plan, auto launch) {
     params.fault = &fault;
     cuda::Plan plan = make_plan(params);
     if (plan.kernel != kernel || plan.token_tile != token_tile) return std::string("the call is planned for another kernel");
     plan.shape = form_.shape;
-    return launch(plan, params);
+    const cudaError_t status = launch(plan, params, nullptr);
+    return status == cudaSuccess ? std::string() : cudaGetErrorString(status);
   };
-  result.fault = form_.capacity > 0 ? launch_as(cuda::make_replay_params(call), cuda::make_replay_plan)
-                                    : launch_as(cuda::make_params(call), cuda::make_plan);
+  result.fault = form_.capacity > 0 ? launch_as(cuda::make_replay_params(call), cuda::make_replay_plan, cuda::launch_replay)
+                                    : launch_as(cuda::make_params(call), cuda::make_plan, cuda::launch_forward);
   if (result.fault.empty() && fault.kind != 0) result.fault = text(fault);
   if (!result.fault.empty()) return result;
   for (std::int64_t n = 0; n < rows; ++n)

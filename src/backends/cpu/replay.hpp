@@ -36,7 +36,7 @@ GATEDELTA_INLINE void multiply_places(const Places<S>& rows, const float* key, c
                                       float* with_query) {
   for (int64_t j = 0; j < rows.count; j += row_group) {
     const char* first = (const char*)rows.row[j];
-    const Sums sums = multiply_group<S, 0, false>(rows.row + j, key, query, 1, K, nullptr, {first, first, 0});
+    const Sums sums = multiply_group<S, false>(rows.row + j, key, query, 1, K, nullptr, {first, first, 0});
     store_as(with_key + j, sums.a);
     store_as(with_query + j, sums.b);
   }
@@ -48,7 +48,8 @@ template <class S, int64_t FixedK>
 GATEDELTA_KERNEL void read_state(const Rows& at, int64_t rows, int64_t padded_key, const float* key, const float* query,
                                  float* with_key, float* with_query) {
   const int64_t K = FixedK ? FixedK : padded_key;
-  const int64_t stride = FixedK ? K * (int64_t)sizeof(S) : at.source_stride;
+  const int64_t row_bytes = K * (int64_t)sizeof(S), stride = FixedK ? row_bytes : at.source_stride;
+  const int64_t ahead = read_ahead / row_bytes * stride;
   for (int64_t r = 0; r < rows; r += row_group) {
     vf key_sums[row_group], query_sums[row_group];
     GATEDELTA_UNROLL
@@ -63,7 +64,7 @@ GATEDELTA_KERNEL void read_state(const Rows& at, int64_t rows, int64_t padded_ke
         }
       } else {
         for (int64_t i = 0; i < K; i += 2 * W) {
-          if (i * (int64_t)sizeof(S) % 64 == 0) __builtin_prefetch((const char*)(row + i) + read_ahead, 0, 2);
+          if (i * (int64_t)sizeof(S) % 64 == 0) __builtin_prefetch((const char*)(row + i) + ahead, 0, 2);
           vf first, second;
           load_pair(row + i, first, second);
           key_sums[g] = fma(second, load(key + i + W), fma(first, load(key + i), key_sums[g]));
@@ -228,10 +229,10 @@ struct Replay {
   const ReplayWork& work;
   const HeadWork& head = work.head;
   const int64_t T = head.tokens, P = work.length, padded = round_up(head.key_dim, 2 * W), ld = round_up(head.rows, row_block);
-  const int64_t covered = round_up(head.rows, W);                      // rows that vectors reach
-  const bool whole_keys = head.key_dim % (2 * W) == 0;                 // vectors of keys
-  const bool whole_rows = head.rows % W == 0;                          // and of corrections end where their data does
-  const bool direct = head.dense_rows && head.key_dim % (2 * W) == 0;  // the caller's memory is the state that is worked on
+  const int64_t covered = round_up(head.rows, W);       // rows that vectors reach
+  const bool whole_keys = head.key_dim % (2 * W) == 0;  // vectors of keys
+  const bool whole_rows = head.rows % W == 0;           // and of corrections end where their data does
+  const bool direct = head.dense_rows && whole_keys;    // the caller's memory is the state that is worked on
   Scratch scratch{head.scratch};
 
   float *keys, *queries;            // [T][padded], normalised, one behind the other
@@ -263,6 +264,7 @@ void Replay<E>::load_tokens() {
     fill_zero(seen + head.key_dim, padded - head.key_dim);
     if (work.stores_keys) store_run<E>(seen, key_at(P + t), sizeof(E), head.key_dim);
     if (work.stores_decays) store_as(decay_at(P + t), (float)head.log_decay[t]);
+    if (t + 1 == T) break;  // no token comes after it
     E entry[W];
     for (int64_t i = 0; i < padded; i += W) {
       store(entry, load(seen + i));

@@ -93,9 +93,10 @@ GATEDELTA_INLINE void prefetch(const Ahead& ahead, int64_t bytes) {
   }
 }
 
-/// row_group rows times the key and the query. K is a multiple of 2 W, or (floats only) of W. Of the rows ahead, `prefetched`
-/// are asked for. With `keep`, 16-bit rows times the decay go to `decayed`, [row_group][K], so that they are widened once.
-template <class S, int prefetched = row_group / 2, bool keep = true>
+/// row_group rows times the key and the query. K is a multiple of 2 W, or (floats only) of W. With `keep`, for
+/// rows that are updated next: half of the rows ahead are asked for, and 16-bit rows times the decay go to `decayed`,
+/// [row_group][K], so that they are widened once.
+template <class S, bool keep = true>
 GATEDELTA_INLINE Sums multiply_group(const S* const* row, const float* key, const float* query, float decay, int64_t K,
                                      float* decayed, const Ahead& ahead) {
   vf with_key[row_group], with_query[row_group];
@@ -107,7 +108,7 @@ GATEDELTA_INLINE Sums multiply_group(const S* const* row, const float* key, cons
   };
   constexpr int64_t columns = sizeof(S) == 4 ? W : 2 * W;
   for (int64_t i = 0; i < K; i += columns) {
-    prefetch<0, prefetched>(ahead, i * (int64_t)sizeof(S));
+    if constexpr (keep) prefetch<0, row_group / 2>(ahead, i * (int64_t)sizeof(S));
     const vf k = load(key + i), q = load(query + i);
     if constexpr (columns == W) {
       GATEDELTA_UNROLL
