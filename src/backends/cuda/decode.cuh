@@ -170,22 +170,9 @@ __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const 
         store_vector(Tile::step(i, stride), s);
       }
     };
-#pragma unroll 1
-    for (int i = 0; i < (common ? 1 : 2); ++i) {
-      const std::int32_t slot = i == 0 ? slots.final_slot : slots.token_slot;
-      if (slot < 0) continue;
-      const std::int64_t stride = Tile::template stride_of<common>(&p.state_write.strides[2]);
-      State* const to =
-          static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) + lane_offset(span_begin + done, stride);
-      store(stride, [&](std::int64_t step, const float(&s)[width]) {
-        store_vector(to + step, Packed<State, width>(s).vector(), p.stores_stay);
-      });
-    }
-    if (!common && p.snapshots.data != nullptr) {
-      const std::int64_t stride = Tile::template stride_of<common>(&p.snapshots.strides[3]);
-      const std::int64_t base = offset_of(p.snapshots, n, 0u, h) + lane_offset(span_begin + done, stride);
-      store(stride, [&](std::int64_t step, const float(&s)[width]) { store_run(p.snapshots, base + step, s); });
-    }
+    store_in_all_places<common, State, width>(
+        p, n, h, slots, [](const std::int64_t* of_rows) { return Tile::template stride_of<common>(of_rows); },
+        [&](std::int64_t stride) { return lane_offset(span_begin + done, stride); }, store);
   }
 }
 

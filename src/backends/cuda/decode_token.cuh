@@ -105,4 +105,28 @@ __device__ __forceinline__ void spread_sums(float (&x)[Size], unsigned lane) {
   if constexpr (Distance > Last) spread_sums<Distance / 2, Last, (N > 1 ? N / 2 : 1)>(x, lane);
 }
 
+/// The state after the token, in its slots and in the snapshots. Of what a lane has of it: stride_of(the strides of V and K) is
+/// the one between its vectors, lane_offset(stride) where the first one is, and store(stride, f) calls f(offset from there,
+/// elements) for each.
+template <bool common, class State, int width, class Slots, class StrideOf, class LaneOffset, class Store>
+__device__ __forceinline__ void store_in_all_places(const FastParams& p, unsigned n, unsigned h, const Slots& slots,
+                                                    const StrideOf& stride_of, const LaneOffset& lane_offset,
+                                                    const Store& store) {
+#pragma unroll 1
+  for (int i = 0; i < (common ? 1 : 2); ++i) {
+    const std::int32_t slot = i == 0 ? slots.final_slot : slots.token_slot;
+    if (slot < 0) continue;
+    const std::int64_t stride = stride_of(&p.state_write.strides[2]);
+    State* const to = static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) + lane_offset(stride);
+    store(stride, [&](std::int64_t step, const float(&s)[width]) {
+      store_vector(to + step, Packed<State, width>(s).vector(), p.stores_stay);
+    });
+  }
+  if (!common && p.snapshots.data != nullptr) {
+    const std::int64_t stride = stride_of(&p.snapshots.strides[3]);
+    const std::int64_t base = offset_of(p.snapshots, n, 0u, h) + lane_offset(stride);
+    store(stride, [&](std::int64_t step, const float(&s)[width]) { store_run(p.snapshots, base + step, s); });
+  }
+}
+
 }  // namespace gatedelta::cuda

@@ -207,20 +207,8 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
       store_vector(step(i, stride), s);
     }
   };
-#pragma unroll 1
-  for (int i = 0; i < (common ? 1 : 2); ++i) {
-    const std::int32_t slot = i == 0 ? slots.final_slot : slots.token_slot;
-    if (slot < 0) continue;
-    const std::int64_t stride = p.state_write.strides[3];
-    State* const to = static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) + lane_offset(stride);
-    store(stride, [&](std::int64_t step, const float(&s)[width]) {
-      store_vector(to + step, Packed<State, width>(s).vector(), p.stores_stay);
-    });
-  }
-  if (!common && p.snapshots.data != nullptr) {
-    const std::int64_t stride = p.snapshots.strides[4], base = offset_of(p.snapshots, n, 0u, h) + lane_offset(stride);
-    store(stride, [&](std::int64_t step, const float(&s)[width]) { store_run(p.snapshots, base + step, s); });
-  }
+  store_in_all_places<common, State, width>(
+      p, n, h, slots, [](const std::int64_t* of_rows) { return of_rows[1]; }, lane_offset, store);
 }
 
 }  // namespace gatedelta::cuda

@@ -120,7 +120,7 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
   ReplayParams<FastParams> p{};
   const std::int64_t rows = params.rows + (params.cu_seqlens.data != nullptr ? 1 : 0);
   if (rows == 0 || plan.kernel == Kernel::generic || !narrow(params, p)) return launch_generic_replay(params, stream);
-  p.window = params.window, p.parent = params.parent, p.early = plan.early;
+  p.early = plan.early;
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim, true);
   if (plan.kernel == Kernel::recurrent) {
     const std::size_t bytes =

@@ -30,8 +30,8 @@ bool narrow(const Tensor<std::int64_t, rank>& in, Tensor<std::int32_t, rank>& ou
   return true;
 }
 
-WindowParams window_params(const ReplayWindow& in) {
-  WindowParams p{};
+WindowParams<std::int64_t> window_params(const ReplayWindow& in) {
+  WindowParams<std::int64_t> p{};
   set(p.keys, in.keys), set(p.corrections, in.corrections), set(p.decays, in.decays);
   set(p.length, in.record.length), set(p.order, in.record.order);
   p.capacity = static_cast<std::int32_t>(in.record.capacity), p.ring = static_cast<std::int32_t>(in.record.order.shape[1]);
@@ -108,6 +108,15 @@ bool narrow(const ForwardParams& in, FastParams& out) {
          narrow(in.o, out.o) && narrow(in.gate, out.gate) && narrow(in.beta, out.beta) && narrow(in.A_log, out.A_log) &&
          narrow(in.dt_bias, out.dt_bias) && narrow(in.token_slots, out.token_slots) && narrow(in.accepted, out.accepted) &&
          narrow(in.cu_seqlens, out.cu_seqlens);
+}
+
+bool narrow(const ReplayParams<ForwardParams>& in, ReplayParams<FastParams>& out) {
+  const auto& from = in.window;
+  auto& to = out.window;
+  to.capacity = from.capacity, to.ring = from.ring;
+  return narrow(static_cast<const ForwardParams&>(in), static_cast<FastParams&>(out)) && narrow(in.parent, out.parent) &&
+         narrow(from.length, to.length) && narrow(from.order, to.order) && narrow(from.corrections, to.corrections) &&
+         narrow(from.keys, to.keys) && narrow(from.decays, to.decays);
 }
 
 ReplayParams<ForwardParams> make_replay_params(const Call& call) {

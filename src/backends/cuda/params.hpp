@@ -81,13 +81,14 @@ __host__ __device__ constexpr int groups_of(int entries) { return (entries + gro
 /// Of a block of the kernel for chunks, as registers allow.
 constexpr int chunks_max_warps(bool bfloat_inputs) { return bfloat_inputs ? 12 : 8; }
 
-/// A ReplayWindow.
+/// A ReplayWindow, in the order in which it is wanted.
+template <class Stride>
 struct WindowParams {
-  Tensor<std::int64_t, 4> keys, corrections;
-  Tensor<std::int64_t, 3> decays;
-  Tensor<std::int64_t, 1> length;
-  Tensor<std::int64_t, 2> order;
   std::int32_t capacity, ring;
+  Tensor<Stride, 1> length;
+  Tensor<Stride, 2> order;
+  Tensor<Stride, 4> corrections, keys;
+  Tensor<Stride, 3> decays;
 
   /// The most tokens of a row.
   __host__ __device__ int room() const { return capacity < ring - capacity ? capacity : ring - capacity; }
@@ -95,13 +96,9 @@ struct WindowParams {
 
 /// A call with a window.
 template <class Call>
-struct ReplayParams : Call {
-  WindowParams window;
-  Tensor<std::int64_t, 2> parent;
-  /// The most tokens of a row that is no fault.
-  __host__ __device__ int most_tokens() const {
-    return this->tokens < window.room() ? static_cast<int>(this->tokens) : window.room();
-  }
+struct ReplayParams;
+template <class Stride>
+struct ReplayParams<Params<Stride>> : Params<Stride> {
   // The fast kernel: heads of a block, how many of them have a key and a query in common, warps that prepare tokens, and what
   // is in shared memory for a head and for those that share.
   std::uint32_t block_heads;
@@ -110,6 +107,12 @@ struct ReplayParams : Call {
   Group teams;                  ///< of a block
   std::uint32_t entry_warps;    ///< for those of a team, a power of two
   std::uint32_t passed_tokens;  ///< of each row, in the passes before
+  WindowParams<Stride> window;
+  Tensor<Stride, 2> parent;
+  /// The most tokens of a row that is no fault.
+  __host__ __device__ int most_tokens() const {
+    return this->tokens < window.room() ? static_cast<int>(this->tokens) : window.room();
+  }
 };
 
 /// Whether a tensor's elements along dimension `along` can be moved `width` at a time, in pieces of 16 bytes or all together if
@@ -125,7 +128,7 @@ bool has_vectors(const Tensor<std::int64_t, rank>& tensor, int along, std::int64
 
 /// The calls for windows alone; each has what it needs of this.
 struct WindowCallParams {
-  WindowParams window;
+  WindowParams<std::int64_t> window;
   Tensor<std::int64_t, 4> state, out;
   Tensor<std::int64_t, 1> slots;  ///< or those that a copy reads
   Tensor<std::int64_t, 1> to, accepted, cu_seqlens;
@@ -149,6 +152,7 @@ ForwardParams make_params(const Call& call);
 bool narrow(const ForwardParams& params, FastParams& out);
 CommitParams make_params(const Config& config, const CommitArguments& arguments);
 ReplayParams<ForwardParams> make_replay_params(const Call& call);
+bool narrow(const ReplayParams<ForwardParams>& params, ReplayParams<FastParams>& out);
 WindowCallParams make_params(const Config& config, const AcceptArguments& arguments);
 WindowCallParams make_params(const Config& config, const ResetArguments& arguments);
 WindowCallParams make_params(const Config& config, const FoldArguments& arguments);

@@ -284,7 +284,7 @@ Plan make_plan(const ForwardParams& p) {
 
 Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
   Plan plan;
-  const WindowParams& window = p.window;
+  const auto& window = p.window;
   if (!has_fast_sizes(p, plan.value_last) || !has_vectors(window.keys, 3, 8) || !has_vectors(window.corrections, 3, 8))
     return plan;
   // Of sequences of different lengths, each must have room in the window.

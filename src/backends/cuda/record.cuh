@@ -47,7 +47,8 @@ struct RecordRow {
   }
   /// Of a record that is in range: adds the entries of `tokens`, those of this call that have come before `left` others. If
   /// there was no room for all of these, the window has been folded.
-  __device__ void append(int tokens, int left, const WindowParams& window) {
+  template <class Window>
+  __device__ void append(int tokens, int left, const Window& window) {
     if (length + tokens + left > window.capacity) first = length, length = 0;
     length += tokens;
     std::int32_t behind[words] = {};

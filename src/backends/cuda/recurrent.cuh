@@ -90,7 +90,7 @@ __device__ __forceinline__ float prepare_entries(const P& p, const WindowRow& ro
                                                  Memory& memory, int lane) {
   constexpr int threads = Tile::entry_threads, keys = Tile::key_dim / threads, rows = Tile::block_rows / threads;
   static_assert(keys % 8 == 0 && rows % 4 == 0);
-  const WindowParams& window = p.window;
+  const auto& window = p.window;
   const int own = static_cast<int>(threadIdx.x) / threads, piece = static_cast<int>(threadIdx.x) % threads;
   const int entry = begin + own, count = min(row.record.length - begin, Tile::entries);
   const int place = row.record.place_of(entry, window.ring);
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
     token.prepare(p, count, &memory.token(to), key);
     for_each_value([&](const RawElement& raw, int t, int v) { memory.token(to + t).value[v] = raw.value(p.v.dtype); });
     if constexpr (replays) {
-      const WindowParams& w = p.window;
+      const auto& w = p.window;
       const int place = window.record.place_of(window.record.length + first + token.token, w.ring);
       if (token.token >= count) return;
       auto& own = memory.token(to + token.token);
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
       float u = factors.correction(own.value[own_row], has_query ? other : number);
       if (finishes) store_at(p.o, o_at + product(t, p.o.strides[1]), factors.output(u, has_query ? number : other));
       if constexpr (replays) {
-        const WindowParams& w = p.window;
+        const auto& w = p.window;
         if (w.keys.dtype == DType::bf16) u = __bfloat162float(__float2bfloat16_rn(u));
         if (finishes) store_at(w.corrections, offset_of(w.corrections, window.slot, h, own.place) + first_value + own_row, u);
         if (t + 1 == tokens) break;

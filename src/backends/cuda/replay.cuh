@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   const int span_begin = block_begin + warp * (value_last ? Rows::rows : static_cast<int>(p.span));
   const int span_end = min(value_last ? block_begin + block_rows : span_begin + static_cast<int>(p.span), p.value_dim);
   ReplayRow<one_group> row{n, 0, static_cast<int>(p.tokens), -1, {}};
-  const WindowParams& window = p.window;
+  const auto& window = p.window;
   const int groups = one_group ? 1 : groups_of(window.capacity);
   wait_for_inputs(p);
   bool good = true;

@@ -65,7 +65,7 @@ __device__ void load_replayed(const P& p, const State& from, const SharedRecord&
   const std::int64_t base = offset_of(from, slot, h, first_row);
   for_each_element(rows, K, from.strides[2], from.strides[3],
                    [&](int v, int i) { S[v * K + i] = load_at(from, base + v * from.strides[2] + i * from.strides[3]); });
-  const WindowParams& window = p.window;
+  const auto& window = p.window;
   const std::int64_t keys = offset_of(window.keys, slot, h / p.k_group.count);
   const std::int64_t corrections = offset_of(window.corrections, slot, h, 0, first_row);
   for (int begin = 0; begin < what.length; begin += memory.entries) {
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(block_threads, 4)
   const unsigned n = blockIdx.x / (slices * heads), h = blockIdx.x / slices % heads, slice = blockIdx.x % slices;
   const std::int64_t first_row = static_cast<std::int64_t>(slice) * p.slice_rows;
   const int rows = static_cast<int>(min(static_cast<std::int64_t>(p.slice_rows), p.value_dim - first_row));
-  const WindowParams& window = p.window;
+  const auto& window = p.window;
   const DType entries = window.keys.dtype;
 
   wait_for_inputs(p);
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(block_threads) copy_kernel(const __grid_consta
   for (std::int64_t m = threadIdx.x; m < p.rows; m += blockDim.x)
     if (index_at(p.slots, m) == to) record(p.fault, FaultKind::to_is_read, n, to, m), read = true;
   if (__syncthreads_or(read)) return;
-  const WindowParams& window = p.window;
+  const auto& window = p.window;
   if (layer) {
     const auto copy = [&](const Tensor<std::int64_t, 4>& tensor, unsigned head, int rows, int columns) {
       copy_elements(tensor, offset_of(tensor, from, head), offset_of(tensor, to, head), rows, columns);
