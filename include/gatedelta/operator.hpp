@@ -144,9 +144,10 @@ struct Arguments {
 
   void* stream = nullptr;  ///< cudaStream_t for device backends; host backends ignore it
   /// cuda: the kernel may begin before the one before it on the stream has ended (programmatic dependent launch). Then q, k, v,
-  /// a or g, and b or beta may be outputs of that kernel, but everything else (states, slots, parameters) must have been there
-  /// before it began. A kernel of this library lets the next one begin only when it need not wait itself any more: so what the
-  /// kernel before it wrote is there. Other backends ignore it.
+  /// a or g, and b or beta may be outputs of that kernel, but everything else (states, slots, parameters, a window and its
+  /// record) must have been there before it began: so the first call behind an accept must be no such launch. A kernel of this
+  /// library lets the next one begin only when it need not wait itself any more: so what the kernel before it wrote is there.
+  /// Other backends ignore it.
   bool dependent_launch = false;
   void* workspace = nullptr;       ///< at least workspace_size(...) bytes on the tensors' device, 256-byte aligned
   std::size_t workspace_size = 0;  ///< bytes of workspace

@@ -391,7 +391,9 @@ template <class Call>
 std::function<void()> cycle_of(bench::Workload& workload, const Case& item, const GatedDeltaRule& rule, Call call) {
   return [&workload, rule, call, layers = item.layers, cycle = item.cycle()] {
     for (std::int64_t i = 1; i <= cycle; ++i) {
-      const Arguments& arguments = workload.next();
+      Arguments arguments = workload.next();
+      // Behind an accept the record would be read too early.
+      arguments.dependent_launch = arguments.dependent_launch && (i - 1) % layers != 0;
       call(arguments);
       if (i % layers == 0) rule.accept(workload.accept(arguments));
     }
@@ -568,7 +570,6 @@ void add_bench_command(CLI::App& app) {
   command->add_flag("--warm", options->warm, "use one state only, so that it stays in cache")->needs(op);
   command->add_flag("--dependent", options->dependent, "let a device begin a call before the one before it has ended")
       ->needs(op)
-      ->excludes("--window")
       ->excludes("--warm");
   command->add_option("--slots", options->slots, "of a batch in the pool: shuffled or ordered")
       ->capture_default_str()

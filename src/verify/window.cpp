@@ -175,7 +175,12 @@ template <class T>
 class Model {
  public:
   Model(const WindowScenario& s, std::uint64_t noise_seed)
-      : s_(s), H_(s.config.heads()), K_(s.config.key_dim), V_(s.config.value_dim), random_(noise_seed, "window noise") {
+      : s_(s),
+        H_(s.config.heads()),
+        K_(s.config.key_dim),
+        V_(s.config.value_dim),
+        reads_folded_(noise_seed % 2 == 1),
+        random_(noise_seed, "window noise") {
     for (const double x : s.state.values) states_.push_back(static_cast<T>(x));
     lengths_.assign(static_cast<std::size_t>(s.slots), 0);
   }
@@ -252,6 +257,9 @@ class Model {
     const Config& config = s_.config;
     const Case& c = step.c;
     T* S = &states_[(step.slots[n] * H_ + h) * V_ * K_];
+    // A row of many tokens may come in parts, and all but the first one then read the checkpoint as that has rounded it.
+    const bool rounded_first = fold && reads_folded_ && row.tokens > 8;
+    if (rounded_first) round_state(S);
     std::vector<std::vector<T>> after;
     std::vector<T> total;  // decay since before the step
     for (std::int64_t t = 0; t < row.tokens; ++t) {
@@ -283,7 +291,7 @@ class Model {
     }
     // The checkpoint is rounded when it is folded; what comes on top of it may be computed from the unrounded one.
     std::vector<T> lost(S, S + V_ * K_);
-    if (fold) round_state(S);
+    if (fold && !rounded_first) round_state(S);
     if (step.paths[n].empty()) return;
     const auto last = static_cast<std::size_t>(step.paths[n].back());
     for (std::size_t i = 0; i < lost.size(); ++i) S[i] = after[last][i] + (fold ? total[last] * (S[i] - lost[i]) : T(0));
@@ -291,6 +299,7 @@ class Model {
 
   const WindowScenario& s_;
   std::int64_t H_, K_, V_;
+  bool reads_folded_;
   Random random_;
   std::vector<T> states_;
   std::vector<std::int64_t> lengths_;

@@ -515,7 +515,10 @@ TEST_CASE("dependent launches wait for what the kernel before writes") {
         Chain{.kernel = "recurrent", .tokens = 3, .inputs = DType::f16},
         Chain{.kernel = "generic", .tokens = 2, .padding = 1, .rows = 10},
         Chain{.kernel = "replay", .tokens = 1, .capacity = 16},
+        Chain{.kernel = "replay", .tokens = 1, .capacity = 16, .rows = 40},
+        Chain{.kernel = "replay", .tokens = 1, .value_last = true, .capacity = 16},
         Chain{.kernel = "replay", .tokens = 4, .capacity = 16, .rows = 5},
+        Chain{.kernel = "replay, in passes", .tokens = 20, .capacity = 32, .rows = 2},
         Chain{.kernel = "recurrent, window", .tokens = 2, .capacity = 16, .entries = DType::f32, .rows = 10},
         Chain{.kernel = "generic, window", .tokens = 2, .padding = 1, .capacity = 16, .rows = 10}}) {
     REQUIRE(chain.rows * chain.tokens % Chain::long_row == 0);

@@ -71,7 +71,8 @@ class Watching final : public Backend {
   std::map<std::pair<Kernel, int>, int> calls;
   std::map<DType, int> serving_inputs;  ///< of calls of the serving kernel
   int half_chunks = 0, fast_trees = 0, recurrent_trees = 0, fast_sequences = 0, fast_value_last = 0, fast_float_entries = 0;
-  int fast_passes = 0, long_keys = 0;  ///< windows of more than 8 tokens, serving with K = 256
+  int fast_passes = 0, tree_passes = 0;  ///< windows of more than 8 tokens
+  int long_keys = 0;                     ///< serving with K = 256
   bool computes = true;
 
   std::string_view name() const noexcept override { return "watching"; }
@@ -89,7 +90,8 @@ class Watching final : public Backend {
     fast_sequences += call.arguments->cu_seqlens.defined() && plan.kernel == Kernel::replay;
     fast_float_entries += plan.kernel == Kernel::replay && plan.entries == DType::f32;
     fast_value_last += plan.kernel == Kernel::replay && plan.value_last;
-    fast_passes += plan.kernel == Kernel::replay && make_replay_params(call).most_tokens() > 8;
+    const bool passes = plan.kernel == Kernel::replay && make_replay_params(call).most_tokens() > 8;
+    fast_passes += passes, tree_passes += passes && call.problem.tree;
     long_keys += plan.long_keys;
     if (computes) reference_.forward(call);
   }
@@ -299,6 +301,7 @@ TEST_CASE("random windows reach every form of the fast kernels") {
   CHECK(watching.fast_value_last >= 3);
   CHECK(watching.fast_float_entries >= 3);
   CHECK(watching.fast_passes >= 3);
+  CHECK(watching.tree_passes >= 3);
   CHECK(watching.calls[{Kernel::generic, 0}] >= 5);
 }
 

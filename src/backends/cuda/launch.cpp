@@ -132,6 +132,9 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
   const std::size_t warp_bytes = kernel.bytes + groups * kernel.group_bytes;
   p.head_bytes = static_cast<std::uint32_t>(kernel.head_bytes + groups * kernel.head_group_bytes +
                                             static_cast<std::size_t>(p.value_dim) * kernel.head_value_bytes);
+  const auto tokens = static_cast<std::uint32_t>(p.most_tokens());
+  const bool paths = p.parent.data != nullptr && tokens > static_cast<std::uint32_t>(plan.token_tile);
+  if (paths) p.head_bytes += static_cast<std::uint32_t>(kernel.path_bytes + groups * kernel.path_group_bytes);
   p.team_bytes = static_cast<std::uint32_t>(kernel.team_bytes + groups * kernel.team_group_bytes);
   // As many heads as fit: long windows of float32 entries need much of shared memory.
   auto heads = static_cast<std::uint32_t>(plan.shape.heads);
@@ -141,14 +144,15 @@ cudaError_t launch_replay(const Plan& plan, const ReplayParams<ForwardParams>& p
     const std::uint32_t teams = (heads + p.team.count - 1) / p.team.count;
     p.token_warps = plan.token_tile == 1 ? teams : heads;
     p.teams = make_group(teams);
-    p.entry_warps =
-        static_cast<std::uint32_t>(std::bit_floor(std::min(groups, static_cast<std::size_t>(plan.shape.warps) / teams)));
+    // A tree in passes is one warp's work.
+    p.entry_warps = static_cast<std::uint32_t>(
+        paths ? 1 : std::bit_floor(std::min(groups, static_cast<std::size_t>(plan.shape.warps) / teams)));
     block_bytes = heads * p.head_bytes + teams * p.team_bytes;
     if (heads == 1 || block_bytes + static_cast<std::size_t>(plan.shape.warps) * warp_bytes <= most_shared) break;
   }
   cudaError_t status = cudaSuccess;
-  const auto tokens = static_cast<std::uint32_t>(p.most_tokens());
   do {
+    p.ahead = plan.ahead && p.passed_tokens == 0;  // what a pass asks for comes from the one before
     status = launch_fast(kernel, plan.shape, warp_bytes, block_bytes, p, rows, stream, static_cast<int>(heads));
     p.passed_tokens += static_cast<std::uint32_t>(plan.token_tile);
   } while (status == cudaSuccess && p.passed_tokens < tokens);

@@ -241,12 +241,13 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
 /// What a call does beside those before and behind it. Few blocks leave room for the next kernel's, which then can begin early.
 /// Where there are more, those that come early lie wherever there is room, unevenly, and what a kernel asks for ahead of its
 /// inputs delays these: that costs up to a quarter. V-last decoding has small blocks and gains nearly everywhere, as a plain
-/// call, too, if that is a large one; K-last in one row of its table (measured on an H200).
+/// call, too, if that is a large one; K-last in one row of its table. With a window, where more than the state is looked up and
+/// waited for, that is worth more than it costs (measured on an H200).
 void choose_start(const ForwardParams& p, Plan& plan) {
   constexpr std::int64_t MiB = 1 << 20;
   const bool decodes = plan.kernel == Kernel::decode;
   const std::int64_t bytes = p.rows * p.heads * p.key_dim * p.value_dim * static_cast<std::int64_t>(size_of(p.state_dtype));
-  plan.early = bytes <= (decodes ? 2 : 4) * MiB;
+  plan.early = plan.kernel == Kernel::replay || bytes <= (decodes ? 2 : 4) * MiB;
   const Ahead ahead = plan.shape.ahead;
   plan.ahead = ahead == Ahead::always || (p.dependent && (plan.early || ahead == Ahead::dependent));
 }
@@ -292,7 +293,7 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
   const std::int64_t tokens = variable ? std::max(window.room(), 2) : p.tokens;
   // A block has all of v of its heads in shared memory.
   const bool tree = p.parent.data != nullptr;
-  if (p.key_dim == 256 || p.value_dim > 512 || tokens < 1 || p.rows == 0 || (tree && (tokens == 1 || tokens > 8)) ||
+  if (p.key_dim == 256 || p.value_dim > 512 || tokens < 1 || p.rows == 0 || (tree && tokens == 1) ||
       !has_serving_form(p, plan.value_last) || !has_vectors(p.v, 3, 8)) {
     plan.kernel = Kernel::recurrent;
     plan.tree = tree;

@@ -99,8 +99,10 @@ struct FastKernel {
   int stages = 1;
   std::size_t block_bytes = 0;  ///< of a block beside its warps
   std::size_t group_bytes = 0;  ///< of a warp, for each group of entries of a window
-  // Replay, for each head of a block: in any case, for each 16 entries, for each value row; and for heads that share a key.
-  std::size_t head_bytes = 0, head_group_bytes = 0, head_value_bytes = 0, team_bytes = 0, team_group_bytes = 0;
+  // Replay, for each head of a block: in any case, for each 16 entries, for each value row; for a tree in passes; and for heads
+  // that share a key.
+  std::size_t head_bytes = 0, head_group_bytes = 0, head_value_bytes = 0;
+  std::size_t path_bytes = 0, path_group_bytes = 0, team_bytes = 0, team_group_bytes = 0;
   // Recurrent: of a block, for each token that it has there and for a tree, and how many it has of a call without a window.
   std::size_t token_bytes = 0, tree_bytes = 0;
   int tokens = 0;

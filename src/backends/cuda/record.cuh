@@ -115,13 +115,18 @@ __device__ int parent_at(const P& p, std::int64_t batch, std::int64_t token) {
   return static_cast<int>(parent < -most ? -most : parent > most ? most : parent);
 }
 
-/// Of drafts in a tree, at most max_tokens of them, bit i says whether token `lane` of row n, whose parent is given, sees token
-/// i: its ancestors and itself. Lanes without a token have -1. Bad parents are recorded where `records`.
-template <int max_tokens, class P>
-__device__ __forceinline__ unsigned path_in_tree(const P& p, unsigned n, int parent, int lane, bool records, bool& good) {
-  const bool bad = parent < -1 || parent >= lane;
-  if (records && bad) record(p.fault, FaultKind::parent, n, parent, lane - 1);
-  good = !__any_sync(0xffffffffu, bad);
+/// Whether draft `token` of row n may have this parent; recorded where `records` if not.
+template <class P>
+__device__ __forceinline__ bool is_parent(const P& p, unsigned n, int parent, int token, bool records) {
+  const bool good = parent >= -1 && parent < token;
+  if (records && !good) record(p.fault, FaultKind::parent, n, parent, token - 1);
+  return good;
+}
+
+/// Of drafts in a tree, at most max_tokens of them, bit i says whether token `lane`, whose parent is given, sees token i: its
+/// ancestors and itself. Lanes without a token have a negative one.
+template <int max_tokens>
+__device__ __forceinline__ unsigned path_in_tree(int parent, int lane) {
   unsigned path = 1u << lane;
 #pragma unroll 1
   for (int i = 1; i < max_tokens; ++i) {

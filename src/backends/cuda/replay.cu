@@ -19,6 +19,8 @@ FastKernel describe() {
           .head_bytes = Notes::groups_at,
           .head_group_bytes = Notes::group_bytes,
           .head_value_bytes = Notes::value_bytes,
+          .path_bytes = Notes::path_bytes,
+          .path_group_bytes = Notes::path_group_bytes,
           .team_bytes = Notes::team_bytes,
           .team_group_bytes = Notes::team_group_bytes};
 }

@@ -117,11 +117,11 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   ReplayRow<one_group> row{n, 0, static_cast<int>(p.tokens), -1, {}};
   const auto& window = p.window;
   const int groups = one_group ? 1 : groups_of(window.capacity);
-  wait_for_inputs(p);
   bool good = true;
   const auto passed = static_cast<int>(p.passed_tokens);
   if (!common && token_tile > 1 && p.cu_seqlens.data != nullptr) {
     bool has = false;
+    wait_for_inputs(p);
     if (passes && passed > 0 && (n == p.rows || index_at(p.cu_seqlens, n + 1) - index_at(p.cu_seqlens, n) <= passed)) return;
     for (unsigned h = first_head; h < end_head; ++h)
       has = has_row(p, n, h, block_begin, min(block_rows, p.value_dim - block_begin));
@@ -168,6 +168,37 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   const unsigned entries_head = first_head + static_cast<unsigned>(with_entries);
   const int own_tokens = min(token_heads, heads - with_tokens), own_entries = min(team, heads - with_entries);
 
+  // What is fetched next, of all heads. The first states do not wait for the record, corrections do.
+  struct Position {
+    unsigned h;
+    int first_value;
+    const State* state;
+  };
+  const auto advance = [&](Position& at) {
+    at.first_value += unit_step;
+    at.state += unit_step * Rows::row_step;
+    if (at.first_value < span_end) return;
+    at.state += p.state_write.strides[1] - (at.first_value - span_begin) * Rows::row_step;
+    at.first_value = span_begin;
+    ++at.h;
+  };
+  Position next{span_begin < span_end ? first_head : end_head, span_begin, nullptr};
+  const auto begin = [&] {
+    slots.resolve(p, n);
+    row.slot = slots.source;
+    if (row.slot < 0) return;
+    row.record.load(p, row.slot, lane);
+    next.state =
+        static_cast<const State*>(p.state_write.data) + offset_of(p.state_write, static_cast<unsigned>(row.slot), first_head) +
+        (span_begin + (copied_warp - warp) * Rows::rows) * Rows::row_step + Rows::lane_offset(copied_lane, p.value_dim);
+    if (next.h < end_head) Rows(copied, copied_lane, p.value_dim).template fetch<streams>(next.state);
+  };
+  // The kernel before may be writing the inputs of a dependent launch, but neither slots nor states, nor anything of the
+  // window.
+  if (p.ahead) begin();
+  __pipeline_commit();
+  wait_for_inputs(p);
+
   Tokens tokens(nullptr);
   if (has_tokens) {
     tokens.fetch(p, row.batch, tokens_head, count, g, c, row.first_token);
@@ -191,39 +222,29 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
     }
   }
   __pipeline_commit();
+  if (!p.ahead) begin();
+  const auto slot = static_cast<unsigned>(row.slot);
+  good = good && row.slot >= 0;
   const bool tree = token_tile > 1 && p.parent.data != nullptr;
   int parent = -1;
   if (tree && lane < count) parent = parent_at(p, row.batch, row.first_token + static_cast<unsigned>(lane));
-  slots.resolve(p, n);
-  row.slot = slots.source;
-  const auto slot = static_cast<unsigned>(row.slot);
-
-  // What is fetched next, of all heads. The first states do not wait for the record, corrections do.
-  struct Position {
-    unsigned h;
-    int first_value;
-    const State* state;
-  };
-  const auto advance = [&](Position& at) {
-    at.first_value += unit_step;
-    at.state += unit_step * Rows::row_step;
-    if (at.first_value < span_end) return;
-    at.state += p.state_write.strides[1] - (at.first_value - span_begin) * Rows::row_step;
-    at.first_value = span_begin;
-    ++at.h;
-  };
-  Position next{span_begin < span_end ? first_head : end_head, span_begin, nullptr};
-  good = good && row.slot >= 0;
+  if (passes && tree) parent = max(parent, -1) - passed;  // negative, too, where that came in a pass before
   unsigned path = (2u << g % token_tile) - 1;
-  if (good && tree)
-    path = __shfl_sync(0xffffffffu, path_in_tree<token_tile>(p, n, parent, lane, blockIdx.x == 0 && warp == 0, good),
-                       g % token_tile);
+  if (good && tree) {
+    const bool records = blockIdx.x == 0 && warp == 0;
+    if constexpr (passes) {
+      // In each pass of all, so that none takes a row that another one leaves.
+      for (int token = lane; token < passed + row.count; token += 32)
+        good = is_parent(p, n, parent_at(p, row.batch, row.first_token - p.passed_tokens + static_cast<unsigned>(token)), token,
+                         records) &&
+               good;
+    } else {
+      good = is_parent(p, n, parent, lane, records);
+    }
+    good = __all_sync(0xffffffffu, good);
+    path = __shfl_sync(0xffffffffu, path_in_tree<token_tile>(parent, lane), g % token_tile);
+  }
   if (good) {
-    row.record.load(p, row.slot, lane);
-    next.state = static_cast<const State*>(p.state_write.data) + offset_of(p.state_write, slot, first_head) +
-                 (span_begin + (copied_warp - warp) * Rows::rows) * Rows::row_step +
-                 Rows::lane_offset(copied_lane, p.value_dim);
-    if (next.h < end_head) Rows(copied, copied_lane, p.value_dim).template fetch<streams>(next.state);
     if (has_tokens)
       prepare_tokens<token_tile, common>(p, count, path, tokens_head, own_tokens,
                                          is_first(static_cast<unsigned>(with_tokens), p.team), tokens, notes_of);
@@ -338,7 +359,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
             columns[block][m][j] = notes.row(token_tile == 1 ? g % 2 : 8 * block + g)[Rows::key_of(m, j, c) / 2];
     }
     --left_of_team;
-    const float checkpoint_decay = notes.checkpoint_decay();
+    const float2 checkpoint_decays = notes.checkpoint_decays(passes && tree && passed > 0, groups, p.value_dim);
     Mix mixes[blocks] = {};
     if (used > 0)
 #pragma unroll
@@ -381,7 +402,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           if constexpr (chains == 2) products[0][block][e] += products[1][block][e];
-          products[0][block][e] *= checkpoint_decay;
+          products[0][block][e] *= e % 2 == 0 ? checkpoint_decays.x : checkpoint_decays.y;
         }
       const auto add_entries = [&](float(&d)[4], const Pair(&a)[Corrections::parts][4], const Mix& mix) {
 #pragma unroll

@@ -99,6 +99,9 @@ struct HeadNotes {
   static constexpr int groups_at = checkpoint_at + 16, mix_bytes = Tokens::blocks * 32 * static_cast<int>(sizeof(Mix));
   static constexpr int group_bytes = mix_bytes + group_entries * 4;
   static constexpr int value_bytes = 2 * token_tile;  ///< for each of V
+  // Of a tree in passes, behind these: the decays of each entry, and of the checkpoint, up to where each token of the pass
+  // begins.
+  static constexpr int path_row = 8, path_group_bytes = group_entries * path_row * 4, path_bytes = path_row * 4;
 
   char *memory, *team;
   int lane;
@@ -121,6 +124,16 @@ struct HeadNotes {
   /// gamma_j for j = 16 group ...
   __device__ float* decays(int group) const { return reinterpret_cast<float*>(this->group(group) + mix_bytes); }
   __device__ std::uint16_t* values(int groups) const { return reinterpret_cast<std::uint16_t*>(this->group(groups)); }
+  /// Those of an entry, zero where a token does not see it; behind the last one of these groups, the checkpoint's.
+  __device__ float* path_decays(int entry, int groups, int value_dim) const {
+    return reinterpret_cast<float*>(this->group(groups) + value_dim * value_bytes) + entry * path_row;
+  }
+  /// The checkpoint's for the lane's columns.
+  __device__ float2 checkpoint_decays(bool by_path, int groups, int value_dim) const {
+    if (by_path) return *reinterpret_cast<const float2*>(path_decays(groups * group_entries, groups, value_dim) + lane % 4 * 2);
+    const float decay = checkpoint_decay();
+    return {decay, decay};
+  }
 };
 
 /// A row, as each warp of its block knows it. `one_group`: its window has no more entries than one group, and its record no
@@ -177,6 +190,9 @@ class Entries {
     const int P = row.record.length, used = one_group ? static_cast<int>(P > 0) : groups_of(P);
     const int group_step = one_group ? 1 : static_cast<int>(p.entry_warps);
     const bool folds = P + row.count > p.window.capacity;
+    // The entries behind these are drafts of the passes before, and not in a row: what they decay is worked out for each path.
+    const bool by_path = passes && p.parent.data != nullptr && p.passed_tokens > 0;
+    const int in_row = by_path ? P - static_cast<int>(p.passed_tokens) : P;
 
 #pragma unroll
     for (int i = 0; i < replay_max_heads; ++i) {
@@ -186,7 +202,9 @@ class Entries {
 #pragma unroll
       for (int word = words - 1; word >= 0; --word) {
         if (32 * word >= P) continue;
-        float product = expf(log_decays_[i][word]);
+        const int entry = 32 * word + lane, group = entry / group_entries;
+        const float own_decay = expf(log_decays_[i][word]);
+        float product = passes && entry >= in_row ? 1.0f : own_decay;
 #pragma unroll
         for (int distance = 1; distance < (one_group ? group_entries : 32); distance *= 2) {
           const float behind = __shfl_down_sync(0xffffffffu, product, distance);
@@ -194,14 +212,20 @@ class Entries {
         }
         product *= checkpoint_decay;  // of the other word
         const float next = __shfl_down_sync(0xffffffffu, product, 1);
-        const int entry = 32 * word + lane, group = entry / group_entries;
         if (group < used && (group & (group_step - 1)) == first_group)
-          own.decays(group)[entry % group_entries] = lane < 31 ? next : checkpoint_decay;
+          own.decays(group)[entry % group_entries] = passes && entry >= in_row ? own_decay
+                                                     : lane < 31               ? next
+                                                                               : checkpoint_decay;
         checkpoint_decay = shuffle(product, 0);
       }
       if (first_group == 0) own.checkpoint_decay() = checkpoint_decay;
     }
     __syncwarp();
+    if constexpr (passes)
+      if (by_path) {
+        follow_paths(p, row, h, heads, in_row, notes_of, lane);
+        __syncwarp();
+      }
 
 #pragma unroll 1
     for (int group = first_group; group < used; group += group_step) {
@@ -257,16 +281,22 @@ class Entries {
 #pragma unroll 1
       for (int i = 0; i < heads; ++i) {
         const auto own = notes_of(h + i);
-        const float* const decays = own.decays(group);
+        const auto decays_of = [&](int entry) -> float2 {
+          if (passes && by_path)
+            return *reinterpret_cast<const float2*>(
+                own.path_decays(group * group_entries + entry, groups_of(p.window.capacity), p.value_dim) + 2 * c);
+          const float decay = own.decays(group)[entry];
+          return {decay, decay};
+        };
 #pragma unroll
         for (int block = 0; block < Tokens::blocks; ++block) {
           auto& mix = own.mix(group, block);
           constexpr int numbers = std::remove_reference_t<decltype(mix)>::parts;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const float decay = decays[8 * half + g];
+            const float2 decays = decays_of(8 * half + g);
             Pair pairs[numbers];
-            split_in<numbers>(decay * products[0][block][2 * half], decay * products[0][block][2 * half + 1],
+            split_in<numbers>(decays.x * products[0][block][2 * half], decays.y * products[0][block][2 * half + 1],
                               [&](int part) -> Pair& { return pairs[part]; });
 #pragma unroll
             for (int part = 0; part < numbers; ++part) mix.pairs[part][half] = transposed(pairs[part]);
@@ -279,6 +309,7 @@ class Entries {
  private:
   // Entries, 32 at a time. Of one group one is enough, but with it the kernel for one token would spill registers.
   static constexpr int words = one_group && token_tile > 1 ? 1 : max_window / 32;
+  static constexpr bool passes = token_tile == 8 && !one_group;
   static constexpr int runs = Tokens::runs;
   static constexpr int parts = bfloat_parts_of<Entry>, vectors = 8 / lanes_of<Entry>;
 
@@ -299,6 +330,32 @@ class Entries {
                                                                 32 * i + v * lanes_of<Entry>);
         }
     }
+  }
+  /// Of a tree, one lane for each head of a team and token of this pass: the decays from each entry, and from the checkpoint,
+  /// up to the draft of the passes before that the token's path comes from. The first `in_row` entries are in every path.
+  template <class NotesOf>
+  __device__ __forceinline__ static void follow_paths(const ReplayParams<FastParams>& p, const Row& row, unsigned h, int heads,
+                                                      int in_row, const NotesOf& notes_of, int lane) {
+    const int head = lane / token_tile, token = lane % token_tile, groups = groups_of(p.window.capacity);
+    static_assert(token_tile * replay_max_heads <= 32);
+    if (head >= heads) return;
+    const auto own = notes_of(h + static_cast<unsigned>(head));
+    const auto passed = static_cast<int>(p.passed_tokens);
+    const auto decay_of = [&](int entry) { return own.decays(entry / group_entries)[entry % group_entries]; };
+    const auto path_decay = [&](int entry) -> float& { return own.path_decays(entry, groups, p.value_dim)[token]; };
+    const auto parent_of = [&](int draft) {
+      return parent_at(p, row.batch, row.first_token - p.passed_tokens + static_cast<unsigned>(draft));
+    };
+    for (int entry = in_row; entry < groups_of(row.record.length) * group_entries; ++entry) path_decay(entry) = 0;
+    int draft = token < row.count ? passed + token : -1;
+    while (draft >= passed) draft = parent_of(draft);
+    float decay = 1;
+    for (; draft >= 0; draft = parent_of(draft)) {
+      path_decay(in_row + draft) = decay;
+      decay *= decay_of(in_row + draft);
+    }
+    for (int entry = 0; entry < in_row; ++entry) path_decay(entry) = decay * decay_of(entry);
+    path_decay(groups * group_entries) = decay * own.checkpoint_decay();
   }
   /// The lane's pairs of a run of an entry's key, in parts that add up to them.
   __device__ __forceinline__ void split_key(int half, int i, Pair (&out)[parts][4]) const {
