@@ -152,10 +152,13 @@ TEST_CASE("recurrent, with a window") {
             Form form{
                 state, T, K, P == 16 ? 160 : 96, shape(2, 2, 16), 2, 4, P == 7, value_last, false, true, P == 37 ? 48 : 16, P};
             form.entry_dtype = entries;
-            const bool passes = K < 256;
-            check(form, passes ? Kernel::replay : Kernel::recurrent, passes ? 8 : 0);
-            form.tree = true;
-            if (T > 1) check(form, Kernel::recurrent, 0);
+            for (const bool tree : {false, true}) {
+              form.tree = tree;
+              if (K < 256)
+                check(form, Kernel::replay, 8);  // in passes
+              else if (T > 1 || !tree)
+                check(form, Kernel::recurrent, 0);
+            }
           }
 }
 

@@ -256,9 +256,12 @@ void Scene::expect(Result& result, std::int64_t n, std::int64_t h, std::int64_t 
     });
   for (std::int64_t t = 0; t < T; ++t) {
     const std::int64_t last = before(n, t);
-    S = last < 0 ? first : (t % pass == 0 ? stored : after)[static_cast<std::size_t>(last)];
     std::vector<double>& kept = stored[static_cast<std::size_t>(t)];
     kept = last < 0 ? checkpoint : stored[static_cast<std::size_t>(last)];
+    if (last >= 0 && last / pass == t / pass)
+      S = after[static_cast<std::size_t>(last)];
+    else
+      S = t < pass ? first : kept;  // what earlier passes have stored
     double g, beta;
     if (form_.usual) {
       g = -std::exp(load(in_.A_log, h)) * std::log1p(std::exp(load(in_.a, n, t, h) + load(in_.dt_bias, h)));
