@@ -285,6 +285,26 @@ TEST_CASE("a shape for measuring is three numbers") {
   CHECK_THROWS_AS(parse_shape("8:2:16:stays"), Error);
 }
 
+TEST_CASE("windows whose places are too far apart for 32 bits are not for the fast kernels") {
+  ReplayParams<ForwardParams> p{};
+  p.window.ring = 20;
+  const auto fits = [&](auto tensor, std::int64_t stride) {
+    ReplayParams<ForwardParams> strided = p;
+    (strided.window.*tensor).strides[2] = stride;
+    ReplayParams<FastParams> out{};
+    return narrow(strided, out);
+  };
+  constexpr std::int64_t most = INT32_MAX / 20;
+  for (const auto tensor : {&WindowParams<std::int64_t>::keys, &WindowParams<std::int64_t>::corrections}) {
+    CHECK(fits(tensor, most));
+    CHECK(fits(tensor, -most));
+    CHECK_FALSE(fits(tensor, most + 1));
+    CHECK_FALSE(fits(tensor, std::int64_t{1} << 40));
+  }
+  CHECK(fits(&WindowParams<std::int64_t>::decays, INT32_MAX));
+  CHECK_FALSE(fits(&WindowParams<std::int64_t>::decays, std::int64_t{INT32_MAX} + 1));
+}
+
 TEST_CASE("random windows reach every form of the fast kernels") {
   Watching watching;
   verify::WindowChecker checker(watching, device::host_memory());

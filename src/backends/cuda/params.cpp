@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/cuda/params.hpp"
 
+#include <cstdlib>
 #include <limits>
 
 #include "gatedelta/backend.hpp"
@@ -114,7 +115,12 @@ bool narrow(const ReplayParams<ForwardParams>& in, ReplayParams<FastParams>& out
   const auto& from = in.window;
   auto& to = out.window;
   to.capacity = from.capacity, to.ring = from.ring;
-  return narrow(static_cast<const ForwardParams&>(in), static_cast<FastParams&>(out)) && narrow(in.parent, out.parent) &&
+  // How far a place is from the first one has 32 bits, too.
+  const auto is_near = [&](std::int64_t stride) {
+    return std::abs(stride) <= std::numeric_limits<std::int32_t>::max() / from.ring;
+  };
+  return from.ring > 0 && is_near(from.keys.strides[2]) && is_near(from.corrections.strides[2]) &&
+         narrow(static_cast<const ForwardParams&>(in), static_cast<FastParams&>(out)) && narrow(in.parent, out.parent) &&
          narrow(from.length, to.length) && narrow(from.order, to.order) && narrow(from.corrections, to.corrections) &&
          narrow(from.keys, to.keys) && narrow(from.decays, to.decays);
 }

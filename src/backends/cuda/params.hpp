@@ -152,6 +152,7 @@ ForwardParams make_params(const Call& call);
 bool narrow(const ForwardParams& params, FastParams& out);
 CommitParams make_params(const Config& config, const CommitArguments& arguments);
 ReplayParams<ForwardParams> make_replay_params(const Call& call);
+/// Nor where the places of a window are too far apart.
 bool narrow(const ReplayParams<ForwardParams>& params, ReplayParams<FastParams>& out);
 WindowCallParams make_params(const Config& config, const AcceptArguments& arguments);
 WindowCallParams make_params(const Config& config, const ResetArguments& arguments);

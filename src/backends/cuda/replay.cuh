@@ -19,7 +19,9 @@
 // How soon the streams can go on depends on the warp with the entries: so it asks for these as soon as it knows where they are,
 // and all warps leave most of the states until then.
 //
-// More than 8 tokens are passes of 8, launches one after the other: to each of these the tokens before are entries.
+// More than 8 tokens are passes of 8, launches one after the other: to each of these the tokens before are entries. Drafts in a
+// tree are as well: then gamma and gamma_j are a token's own, along its path up to where it leaves the earlier passes, and
+// those of entries beside that path are zero.
 namespace gatedelta::cuda {
 
 /// The state of 16 rows where the window is full: gamma S + sum_j gamma_j u_j k_j^T. `corrections_of` gives those of a group
