@@ -166,7 +166,8 @@ typedef struct gatedelta_arguments {
   const gatedelta_tensor* snapshots;   /**< written: [N,>=T,H,V,K] */
   const gatedelta_tensor* cu_seqlens;  /**< [N+1], i32 or i64; then B is 1 and N the number of sequences */
   int32_t update_state;                /**< 0: the pool is only read; default 1 */
-  int32_t dependent_launch;            /**< 1: cuda's kernel may begin before the one before it ended; default 0 */
+  int32_t dependent_launch;            /**< 1: cuda's kernel may begin before the one before it ended; default 0 (with a window
+                                            it must not be the first call behind an accept) */
   void* stream;                        /**< cudaStream_t for device backends; host backends ignore it */
   void* workspace;                     /**< gatedelta_workspace_size() bytes on the tensors' device, 256-byte aligned */
   uint64_t workspace_size;             /**< bytes of `workspace` */

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   const auto passed = static_cast<int>(p.passed_tokens);
   if (!common && token_tile > 1 && p.cu_seqlens.data != nullptr) {
     bool has = false;
-    wait_for_inputs(p);
+    wait_for_inputs(p);  // outputs of no sequence are written here
     if (passes && passed > 0 && (n == p.rows || index_at(p.cu_seqlens, n + 1) - index_at(p.cu_seqlens, n) <= passed)) return;
     for (unsigned h = first_head; h < end_head; ++h)
       has = has_row(p, n, h, block_begin, min(block_rows, p.value_dim - block_begin));
@@ -237,9 +237,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
     if constexpr (passes) {
       // In each pass of all, so that none takes a row that another one leaves.
       for (int token = lane; token < passed + row.count; token += 32)
-        good = is_parent(p, n, parent_at(p, row.batch, row.first_token - p.passed_tokens + static_cast<unsigned>(token)), token,
-                         records) &&
-               good;
+        good = is_parent(p, n, row.parent_of(p, token), token, records) && good;
     } else {
       good = is_parent(p, n, parent, lane, records);
     }
@@ -255,7 +253,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   }
   const int P = good ? row.record.length : 0, used = one_group ? static_cast<int>(P > 0) : groups_of(P);
   auto* const corrections = static_cast<Entry*>(window.corrections.data) + offset_of(window.corrections, slot);
-  const auto correction_stride = static_cast<int>(window.corrections.strides[2]);
+  const int correction_stride = window.corrections.strides[2];
   const auto corrections_at = [&](int stage, int group) {
     return Corrections(at_shared(memory + stage * stage_bytes + Rows::bytes + group * Corrections::bytes), lane);
   };

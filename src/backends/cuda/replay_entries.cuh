@@ -101,7 +101,7 @@ struct HeadNotes {
   static constexpr int value_bytes = 2 * token_tile;  ///< for each of V
   // Of a tree in passes, behind these: the decays of each entry, and of the checkpoint, up to where each token of the pass
   // begins.
-  static constexpr int path_row = 8, path_group_bytes = group_entries * path_row * 4, path_bytes = path_row * 4;
+  static constexpr int path_bytes = token_tile * 4, path_group_bytes = group_entries * path_bytes;
 
   char *memory, *team;
   int lane;
@@ -126,7 +126,7 @@ struct HeadNotes {
   __device__ std::uint16_t* values(int groups) const { return reinterpret_cast<std::uint16_t*>(this->group(groups)); }
   /// Those of an entry, zero where a token does not see it; behind the last one of these groups, the checkpoint's.
   __device__ float* path_decays(int entry, int groups, int value_dim) const {
-    return reinterpret_cast<float*>(this->group(groups) + value_dim * value_bytes) + entry * path_row;
+    return reinterpret_cast<float*>(this->group(groups) + value_dim * value_bytes) + entry * token_tile;
   }
   /// The checkpoint's for the lane's columns.
   __device__ float2 checkpoint_decays(bool by_path, int groups, int value_dim) const {
@@ -145,6 +145,11 @@ struct ReplayRow {
   std::int32_t slot;
   RecordRow<one_group ? 1 : window_words> record;
 
+  /// In a tree, of a draft of this pass, or of one before it.
+  template <class P>
+  __device__ int parent_of(const P& p, int draft) const {
+    return parent_at(p, batch, first_token - p.passed_tokens + static_cast<unsigned>(draft));
+  }
   template <class Entry, class P>
   __device__ Entry* keys(const P& p, unsigned h) const {
     return static_cast<Entry*>(p.window.keys.data) +
@@ -174,7 +179,7 @@ class Entries {
       for (int word = 0; word < words; ++word) {
         log_decays_[i][word] = 0;
         if (32 * word + lane < row.record.length)
-          log_decays_[i][word] = decays[product(row.record.places[word], static_cast<int>(p.window.decays.strides[2]))];
+          log_decays_[i][word] = decays[product(row.record.places[word], p.window.decays.strides[2])];
       }
       decays += p.window.decays.strides[1];
     }
@@ -326,8 +331,8 @@ class Entries {
         for (int v = 0; v < vectors; ++v) {
           keys_[half][i][v] = uint4{};
           if (entry < row.record.length)
-            keys_[half][i][v] = *reinterpret_cast<const uint4*>(keys + place * static_cast<int>(p.window.keys.strides[2]) +
-                                                                32 * i + v * lanes_of<Entry>);
+            keys_[half][i][v] =
+                *reinterpret_cast<const uint4*>(keys + place * p.window.keys.strides[2] + 32 * i + v * lanes_of<Entry>);
         }
     }
   }
@@ -343,14 +348,11 @@ class Entries {
     const auto passed = static_cast<int>(p.passed_tokens);
     const auto decay_of = [&](int entry) { return own.decays(entry / group_entries)[entry % group_entries]; };
     const auto path_decay = [&](int entry) -> float& { return own.path_decays(entry, groups, p.value_dim)[token]; };
-    const auto parent_of = [&](int draft) {
-      return parent_at(p, row.batch, row.first_token - p.passed_tokens + static_cast<unsigned>(draft));
-    };
     for (int entry = in_row; entry < groups_of(row.record.length) * group_entries; ++entry) path_decay(entry) = 0;
     int draft = token < row.count ? passed + token : -1;
-    while (draft >= passed) draft = parent_of(draft);
+    while (draft >= passed) draft = row.parent_of(p, draft);
     float decay = 1;
-    for (; draft >= 0; draft = parent_of(draft)) {
+    for (; draft >= 0; draft = row.parent_of(p, draft)) {
       path_decay(in_row + draft) = decay;
       decay *= decay_of(in_row + draft);
     }
@@ -405,7 +407,7 @@ __device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, c
                                             const Tokens& tokens, int place, int lane) {
   const int g = lane / 4, c = lane % 4;
   if (g < row.count && is_first(h, p.k_group)) {
-    Entry* const keys = row.template keys<Entry>(p, h) + place * static_cast<int>(p.window.keys.strides[2]) + 8 * c;
+    Entry* const keys = row.template keys<Entry>(p, h) + place * p.window.keys.strides[2] + 8 * c;
 #pragma unroll
     for (int i = 0; i < Tokens::runs; ++i) {
       if constexpr (sizeof(Entry) == 2) {
@@ -421,7 +423,7 @@ __device__ __forceinline__ void store_entry(const ReplayParams<FastParams>& p, c
   }
   const bool has_decay = token_tile == 1 ? lane < heads : c == 0 && g < row.count;
   const unsigned own = token_tile == 1 ? h + static_cast<unsigned>(lane) : h;
-  if (has_decay) row.decays(p, own)[product(place, static_cast<int>(p.window.decays.strides[2]))] = tokens.log_decay();
+  if (has_decay) row.decays(p, own)[product(place, p.window.decays.strides[2])] = tokens.log_decay();
 }
 
 }  // namespace gatedelta::cuda
