@@ -215,8 +215,7 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
     bool bad = false;
     if (good && thread < tokens) {
       const int parent = parent_at(p, batch, row_token + static_cast<unsigned>(thread));
-      bad = parent < -1 || parent >= thread;
-      if (bad) record(p.fault, FaultKind::parent, n, parent, thread - 1);
+      bad = !is_parent(p, n, parent, thread, true);
       memory.token(thread).parent = parent;
     }
     if (__syncthreads_or(bad)) good = false;

@@ -144,9 +144,7 @@ __global__ void __launch_bounds__(block_threads, 4)
     bool bad = false;
     for (int t = tid; t < row.tokens; t += block_threads) {
       parents[t] = parent_at(p, row.batch, row.first_token + t);
-      if (parents[t] >= -1 && parents[t] < t) continue;
-      record(p.fault, FaultKind::parent, n, parents[t], t - 1);
-      bad = true;
+      bad |= !is_parent(p, n, parents[t], t, true);
     }
     good = !__syncthreads_or(bad);
   }
