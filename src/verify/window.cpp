@@ -29,7 +29,8 @@ class ScenarioGenerator {
   WindowScenario make() {
     serving_ = random_.chance(0.4);
     choose_config();
-    s_.capacity = random_.pick<std::int64_t>({4, 4, 5, 8, 16, 16, 32, 64});
+    s_.capacity = serving_ ? random_.pick<std::int64_t>({4, 8, 16, 16, 32, 32, 64})
+                           : random_.pick<std::int64_t>({4, 4, 5, 8, 16, 16, 32, 64});
     s_.max_tokens = random_.chance(0.5) ? s_.capacity : random_.integer(1, s_.capacity);
     s_.entries = serving_ && random_.chance(0.4) ? DType::bf16 : random_.pick({DType::f32, DType::bf16});
     s_.slots = random_.integer(1, 6) + std::max<std::int64_t>(0, s_.config.null_slot + 1);
@@ -71,7 +72,9 @@ class ScenarioGenerator {
     d.gate = d.beta = random_.pick({DType::bf16, DType::bf16, DType::f32});
     c.key_dim = random_.pick<std::int64_t>({64, 64, 128, 128, 256});
     c.value_dim = random_.pick<std::int64_t>({32, 64, 96, 128});
-    if (random_.chance(0.5)) c.gate = GateForm::raw, c.beta = BetaForm::logits, c.qk_l2norm = true;
+    if (random_.chance(0.5)) return;
+    c.gate = GateForm::raw, c.beta = BetaForm::logits, c.qk_l2norm = true;
+    d.gate = d.beta = random_.pick({DType::bf16, DType::bf16, DType::bf16, DType::f32});
   }
 
   void add_step(bool long_rows) {

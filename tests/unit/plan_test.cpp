@@ -72,6 +72,7 @@ class Watching final : public Backend {
   std::map<DType, int> serving_inputs;  ///< of calls of the serving kernel
   int half_chunks = 0, fast_trees = 0, recurrent_trees = 0, fast_sequences = 0, fast_value_last = 0, fast_float_entries = 0;
   int fast_passes = 0, tree_passes = 0;  ///< windows of more than 8 tokens
+  int usual_short = 0, usual_long = 0;   ///< windows of calls of the usual form
   int long_keys = 0;                     ///< serving with K = 256
   bool computes = true;
 
@@ -92,6 +93,7 @@ class Watching final : public Backend {
     fast_value_last += plan.kernel == Kernel::replay && plan.value_last;
     const bool passes = plan.kernel == Kernel::replay && make_replay_params(call).most_tokens() > 8;
     fast_passes += passes, tree_passes += passes && call.problem.tree;
+    if (plan.kernel == Kernel::replay && plan.common) ++(plan.one_group ? usual_short : usual_long);
     long_keys += plan.long_keys;
     if (computes) reference_.forward(call);
   }
@@ -121,8 +123,12 @@ TEST_CASE("the tables of launches are complete and ascend") {
                                                    {16, DType::f16}}) {
             Plan plan;
             plan.kernel = kernel, plan.value_last = value_last, plan.token_tile = token_tile, plan.inputs = inputs;
-            // Entries are a matter of one kernel, which has bfloat16 inputs: in place of other inputs it gets other entries.
-            if (kernel == Kernel::replay) plan.entries = inputs == DType::bf16 ? DType::bf16 : DType::f32;
+            // Windows are a matter of one kernel, which has bfloat16 inputs: in place of other inputs it gets other entries,
+            // and in place of stores long windows.
+            if (kernel == Kernel::replay) {
+              plan.entries = inputs == DType::bf16 ? DType::bf16 : DType::f32;
+              plan.one_group = stores == Stores::none;
+            }
             const Choices rows = choices(plan, state, stores);
             REQUIRE(rows.begin < rows.end);
             for (const Choice* row = rows.begin; row < rows.end; ++row) {
@@ -322,6 +328,8 @@ TEST_CASE("random windows reach every form of the fast kernels") {
   CHECK(watching.fast_float_entries >= 3);
   CHECK(watching.fast_passes >= 3);
   CHECK(watching.tree_passes >= 3);
+  CHECK(watching.usual_short >= 3);
+  CHECK(watching.usual_long >= 3);
   CHECK(watching.calls[{Kernel::generic, 0}] >= 5);
 }
 

@@ -41,6 +41,7 @@ struct Plan {
   bool long_keys = false;             ///< serving: of 256 elements
   DType inputs = DType::bf16;         ///< serving, chunks: of q, k, v and o
   DType entries = DType::bf16;        ///< replay
+  bool one_group = false;             ///< replay: a window of no more entries than a group, see ReplayRow
   bool tree = false;                  ///< recurrent: drafts in a tree
   bool ahead = false, early = false;  ///< see Params
   Shape shape;

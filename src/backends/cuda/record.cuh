@@ -15,7 +15,6 @@ constexpr int window_words = 2 * max_window / 32;
 template <int words = window_words>
 struct RecordRow {
   std::int32_t length = 0, places[words] = {};
-  std::int32_t first = 0;  ///< entry of the record, here the first one
 
   /// The loads alone, which the following may overtake.
   template <class P>
@@ -49,8 +48,8 @@ struct RecordRow {
   /// there was no room for all of these, the window has been folded.
   template <class Window>
   __device__ void append(int tokens, int left, const Window& window) {
-    if (length + tokens + left > window.capacity) first = length, length = 0;
-    length += tokens;
+    const int first = length + tokens + left > window.capacity ? length : 0;  // entry of the record, here the first one
+    length += tokens - first;
     std::int32_t behind[words] = {};
 #pragma unroll
     for (int i = 0; i < words; ++i) {

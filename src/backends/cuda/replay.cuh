@@ -90,7 +90,8 @@ constexpr int replay_blocks() {
   return 65536 / (32 * replay_max_warps * registers);
 }
 
-template <class State, class Entry, int key_dim, bool value_last, int token_tile, bool common>
+/// `common`: as for the serving kernel, and rows of one length, of at most 8 tokens. `one_group`: see ReplayRow.
+template <class State, class Entry, int key_dim, bool value_last, int token_tile, bool common, bool one_group>
 __global__ void __launch_bounds__(32 * replay_max_warps,
                                   replay_blocks<ReplayRows<State, key_dim, value_last>, Entry, token_tile, common>())
     replay_kernel(const __grid_constant__ ReplayParams<FastParams> p) {
@@ -101,9 +102,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   using Mix = typename Notes::Mix;
   constexpr int blocks = Tokens::blocks, parts = Rows::parts, stages = replay_stages;
   constexpr bool streams = token_tile == 1;  // more tokens have been slower with it
-  constexpr bool one_group = common;         // see make_replay_plan
   constexpr bool passes = token_tile == 8 && !common;
-  constexpr bool overlaps = token_tile == 1 && common && (parts == 1 || !Rows::narrow_state);
+  constexpr bool overlaps = token_tile == 1 && one_group && (parts == 1 || !Rows::narrow_state);
   const int warp = static_cast<int>(threadIdx.x / 32), warps = p.warps;
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, c = lane % 4;
   const unsigned n = p.first_row + blockIdx.z, first_head = blockIdx.y * p.block_heads;
@@ -137,9 +137,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
 
   extern __shared__ __align__(256) uint4 shared[];
   const int stage_bytes = Rows::bytes + groups * Corrections::bytes;
-  const auto memory_of = [&](int warp) {
-    return shared_offset(shared) + static_cast<std::uint32_t>(warp * stages * stage_bytes + warp * Rows::gap_bytes);
-  };
+  const int warp_bytes = stages * stage_bytes + Rows::gap_bytes + (one_group ? 0 : groups * Corrections::offset_bytes);
+  const auto memory_of = [&](int warp) { return shared_offset(shared) + static_cast<std::uint32_t>(warp * warp_bytes); };
   const std::uint32_t memory = memory_of(warp);
   int copied_warp = warp, copied_lane = lane;
   Rows::share_copies(static_cast<int>(threadIdx.x), warps, copied_warp, copied_lane);
@@ -257,10 +256,18 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   const auto corrections_at = [&](int stage, int group) {
     return Corrections(at_shared(memory + stage * stage_bytes + Rows::bytes + group * Corrections::bytes), lane);
   };
-  // Beyond the first group, which is all that there is in short windows: not worth the registers.
-  const auto place_of = [&](int entry) {
-    return static_cast<const std::int32_t*>(window.order.data)[offset_of(window.order, slot, row.record.first + entry)];
+  // Where a lane's entries beyond the first group lie, which is all that there is in short windows: there are no registers.
+  const auto offset_at = [&](int group, int copy) -> int& {
+    return reinterpret_cast<int*>(
+        at_shared(memory + stages * stage_bytes + group * Corrections::offset_bytes))[copy * 32 + lane];
   };
+#pragma unroll 1
+  for (int group = 1; !one_group && group < used; ++group)
+#pragma unroll
+    for (int copy = 0; copy < Corrections::copies; ++copy)
+      offset_at(group, copy) =
+          row.record.place_of(group * group_entries + Corrections::entry_of(lane, copy), window.ring) * correction_stride +
+          Corrections::value_of(lane);
   const Entry* first_corrections[Corrections::copies];
 #pragma unroll
   for (int copy = 0; copy < Corrections::copies; ++copy)
@@ -276,11 +283,10 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
     for (int group = 1; !one_group && group < used; ++group)
 #pragma unroll
       for (int copy = 0; copy < Corrections::copies; ++copy)
-        if (const int entry = group * group_entries + Corrections::entry_of(lane, copy); entry < P)
-          corrections_at(stage, group)
-              .fetch(corrections + along + place_of(entry) * correction_stride + Corrections::value_of(lane), copy);
+        if (group * group_entries + Corrections::entry_of(lane, copy) < P)
+          corrections_at(stage, group).fetch(corrections + along + offset_at(group, copy), copy);
   };
-  Entries<Rows, Entry, token_tile, Tokens, one_group> entries;
+  Entries<Rows, Entry, token_tile, Tokens, one_group, passes> entries;
   has_entries = has_entries && (first_group == 0 || first_group < used);
   if (good) {
     // Ahead of most states, behind which this would have to wait.

@@ -32,6 +32,7 @@ class Corrections {
   static constexpr int copies = vectors / 2;
   // Elements that are read together lie in different banks: of float32 those of 8 values and of every other entry.
   static constexpr int pitch = vectors * 16 + (sizeof(Entry) == 4 ? 16 : 0), bytes = group_entries * pitch;
+  static constexpr int offset_bytes = copies * 32 * 4;  ///< of a warp: where the entries of a group lie that its lanes copy
 
   __device__ static int entry_of(int lane, int copy) { return lane / vectors + copy * (32 / vectors); }
   __device__ static int value_of(int lane) { return lane % vectors * lanes_of<Entry>; }
@@ -163,7 +164,7 @@ struct ReplayRow {
 
 /// One warp's work for the heads of a team from h on: what the entries of the window are to its tokens. `notes_of` gives the
 /// notes of a head.
-template <class Rows, class Entry, int token_tile, class Tokens, bool one_group>
+template <class Rows, class Entry, int token_tile, class Tokens, bool one_group, bool passes>
 class Entries {
   using Row = ReplayRow<one_group>;
 
@@ -314,7 +315,6 @@ class Entries {
  private:
   // Entries, 32 at a time. Of one group one is enough, but with it the kernel for one token would spill registers.
   static constexpr int words = one_group && token_tile > 1 ? 1 : max_window / 32;
-  static constexpr bool passes = token_tile == 8 && !one_group;
   static constexpr int runs = Tokens::runs;
   static constexpr int parts = bfloat_parts_of<Entry>, vectors = 8 / lanes_of<Entry>;
 
