@@ -204,7 +204,8 @@ def row_of(peer, cell, fields, machine):
     return {"backend": peer.name, "peer": peer.name, "peer_version": peer.version, "device": "cuda", "op": cell.op, "mode": cell.mode,
             "batch": cell.batch, "tokens": cell.tokens, "q_heads": cell.q_heads, "v_heads": cell.v_heads, "key_dim": cell.width,
             "value_dim": cell.width, "dtype": "bf16", "state_dtype": cell.state, "median_us": None, "limit_us": None, "ratio": None,
-            "layout": cell.layout, "cache": "cold", "noisy": False, **fields, "description": peer.differs, **machine,
+            "layout": cell.layout, "cache": "cold", "noisy": False, **({"window": cells.WINDOW} if cell.mode == "replay" else {}),
+            **fields, "description": peer.differs, **machine,
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")}
 
 

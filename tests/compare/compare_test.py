@@ -104,6 +104,13 @@ class Tables(Case):
         rows = [row(), row(mode="snapshots"), row(layout="kv"), row(q_heads=4, v_heads=8), row(hardware="Other")]
         self.assertEqual(self.run_compare("--markdown", self.write(rows))[1].count("(µs)"), 5)
 
+    def test_windows_of_different_sizes_are_different_rows(self):
+        self.write([row(mode="replay", window=window, accepted=4, median_us=2.0 + window) for window in (16, 32)])
+        text = compare.text(compare.tables(compare.load([self.folder / "results"]))[0])
+        self.assertIn("window", text)
+        self.assertIn("18.0", text)
+        self.assertIn("34.0", text)
+
     def test_text_has_the_same_numbers(self):
         out = self.run_compare(self.write(*SYNTHETIC))[1]
         line = next(line for line in out.splitlines() if "1.60" in line)
