@@ -53,8 +53,9 @@ constexpr Choice float_each_32_bit[] = {{64, {2, 4, 16}}, {512, {0, 2, 32}}, {no
 constexpr Choice replay_one_token_16_bit[] = {{64, {1, 4, 16}}, {512, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_one_token_32_bit[] = {{64, {1, 4, 16}}, {256, {1, 2, 32}}, {no_bound, {1, 2, 64}}};
 constexpr Choice replay_rows[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {no_bound, {1, 2, 64}}};
-// Windows of more entries than a group, K-last.
+// Windows of more entries than a group, K-last; and the same where a call is several passes.
 constexpr Choice replay_long[] = {{128, {1, 4, 16}}, {1024, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_passes[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {1024, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_value_last_one_token_16_bit[] = {{128, {1, 4, 16}}, {512, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_value_last_one_token_32_bit[] = {{128, {1, 4, 16}}, {512, {1, 2, 32}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_value_last_16_bit[] = {{128, {1, 4, 16}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
@@ -186,7 +187,7 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
     if (plan.value_last)
       return plan.token_tile == 1 ? by_state(replay_value_last_one_token_16_bit, replay_value_last_one_token_32_bit)
                                   : by_state(replay_value_last_16_bit, replay_value_last_32_bit);
-    if (!plan.one_group) return all(replay_long);
+    if (!plan.one_group) return plan.passes ? all(replay_passes) : all(replay_long);
     return plan.token_tile == 1 ? by_state(replay_one_token_16_bit, replay_one_token_32_bit) : all(replay_rows);
   }
   if (plan.kernel == Kernel::serving) {
@@ -302,7 +303,8 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
     plan.tree = tree;
   } else {
     plan.kernel = Kernel::replay;
-    plan.token_tile = token_tile_of(std::min<std::int64_t>(tokens, 8));  // in passes
+    plan.token_tile = token_tile_of(std::min<std::int64_t>(tokens, 8));
+    plan.passes = tokens > plan.token_tile;
     plan.entries = window.keys.dtype;
     plan.one_group = window.capacity <= group_entries && window.ring <= 32;
     plan.common = plan.entries == DType::bf16 && !plan.value_last && !variable && tokens <= 8 && has_usual_gates(p);
