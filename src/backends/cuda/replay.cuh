@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   const auto corrections_at = [&](int stage, int group) {
     return Corrections(at_shared(memory + stage * stage_bytes + Rows::bytes + group * Corrections::bytes), lane);
   };
-  // Where a lane's entries beyond the first group lie, which is all that there is in short windows: there are no registers.
+  // Where those entries lie that a lane copies beyond the first group, in shared memory: there are no registers for it.
   const auto offset_at = [&](int group, int copy) -> int& {
     return reinterpret_cast<int*>(
         at_shared(memory + stages * stage_bytes + group * Corrections::offset_bytes))[copy * 32 + lane];
