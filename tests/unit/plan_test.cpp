@@ -91,7 +91,8 @@ class Watching final : public Backend {
     fast_sequences += call.arguments->cu_seqlens.defined() && plan.kernel == Kernel::replay;
     fast_float_entries += plan.kernel == Kernel::replay && plan.entries == DType::f32;
     fast_value_last += plan.kernel == Kernel::replay && plan.value_last;
-    fast_passes += plan.passes, tree_passes += plan.passes && call.problem.tree;
+    const bool passes = plan.kernel == Kernel::replay && make_replay_params(call).most_tokens() > 8;
+    fast_passes += passes, tree_passes += passes && call.problem.tree;
     if (plan.kernel == Kernel::replay && plan.common) ++(plan.one_group ? usual_short : usual_long);
     long_keys += plan.long_keys;
     if (computes) reference_.forward(call);

@@ -307,7 +307,7 @@ Plan make_replay_plan(const ReplayParams<ForwardParams>& p) {
     plan.passes = tokens > plan.token_tile;
     plan.entries = window.keys.dtype;
     plan.one_group = window.capacity <= group_entries && window.ring <= 32;
-    plan.common = plan.entries == DType::bf16 && !plan.value_last && !variable && tokens <= 8 && has_usual_gates(p);
+    plan.common = plan.entries == DType::bf16 && !plan.value_last && !variable && !plan.passes && has_usual_gates(p);
     choose_shape(p, Stores::last, plan);
   }
   choose_start(p, plan);

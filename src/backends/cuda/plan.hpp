@@ -42,7 +42,7 @@ struct Plan {
   DType inputs = DType::bf16;         ///< serving, chunks: of q, k, v and o
   DType entries = DType::bf16;        ///< replay
   bool one_group = false;             ///< replay: a window of no more entries than a group, see ReplayRow
-  bool passes = false;                ///< replay: more tokens than the kernel has at a time
+  bool passes = false;                ///< replay: rows may have more tokens than the kernel has at a time
   bool tree = false;                  ///< recurrent: drafts in a tree
   bool ahead = false, early = false;  ///< see Params
   Shape shape;
