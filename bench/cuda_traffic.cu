@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "backends/cuda/arch.cuh"
 #include "cuda_kernels.hpp"
 
 // The traffic of a call where the call has it, and nothing else: a row's slot is looked up, what its tokens bring is read, its
@@ -9,6 +10,8 @@
 // state, and the same part of what else belongs to the head.
 namespace gatedelta::bench {
 namespace {
+
+using cuda::Eviction, cuda::load_vector, cuda::store_vector;
 
 struct Move {
   CallTraffic call;
@@ -37,8 +40,9 @@ struct Part {
   }
 };
 
-/// `Streams`: with the hint that what is stored is not used again, as what is loaded always is.
-template <int Threads, int Vectors, bool Streams>
+/// `Keeps`: states stay in the L2 cache until they are stored, and then leave it like anything else, as the library has them;
+/// if not, with the hint that nothing is used again.
+template <int Threads, int Vectors, bool Keeps>
 __global__ void __launch_bounds__(Threads) move(const __grid_constant__ Move p) {
   const CallTraffic& call = p.call;
   const int n = static_cast<int>(blockIdx.z), h = static_cast<int>(blockIdx.y);
@@ -78,8 +82,10 @@ __global__ void __launch_bounds__(Threads) move(const __grid_constant__ Move p) 
   uint4* const states = vectors(call.state);
   uint4* const state = states + slot * row + head + first;
   uint4 held[Vectors];
+  const bool in_place = call.stores > 0 && call.accepted == nullptr && call.snapshots == nullptr && call.length == nullptr;
+  const Eviction loads = !Keeps ? Eviction::first : in_place ? Eviction::last : Eviction::normal;
 #pragma unroll
-  for (int i = 0; i < Vectors; ++i) held[i] = __ldcs(state + i * Threads);
+  for (int i = 0; i < Vectors; ++i) held[i] = load_vector(state + i * Threads, loads);
 
   bool stores = true;
   uint4 entries[4] = {};
@@ -127,16 +133,11 @@ __global__ void __launch_bounds__(Threads) move(const __grid_constant__ Move p) 
     else if (call.snapshots != nullptr)
       to = vectors(call.snapshots) + (static_cast<std::int64_t>(n) * tokens + t) * row + head + first;
 #pragma unroll
-    for (int i = 0; i < Vectors; ++i) {
-      if constexpr (Streams)
-        __stcs(to + i * Threads, held[i]);
-      else
-        to[i * Threads] = held[i];
-    }
+    for (int i = 0; i < Vectors; ++i) store_vector(to + i * Threads, held[i], Keeps ? Eviction::normal : Eviction::first);
   }
 }
 
-template <int Threads, int Vectors, bool Streams>
+template <int Threads, int Vectors, bool Keeps>
 bool launch_move_of(const CallTraffic& call, void* unused, cudaStream_t stream) {
   const std::int64_t parts = call.head_vectors / (Threads * Vectors);
   // Whole parts of heads, of which a thread has at most two vectors of anything else.
@@ -148,7 +149,7 @@ bool launch_move_of(const CallTraffic& call, void* unused, cudaStream_t stream) 
       call.tokens > 32)
     return false;
   const Move params{call, 0, 0x9e3779b9u, static_cast<unsigned*>(unused)};
-  move<Threads, Vectors, Streams>
+  move<Threads, Vectors, Keeps>
       <<<dim3(static_cast<unsigned>(parts), static_cast<unsigned>(call.heads), static_cast<unsigned>(call.rows)), Threads, 0,
          stream>>>(params);
   return true;
@@ -158,12 +159,12 @@ bool launch_move_of(const CallTraffic& call, void* unused, cudaStream_t stream) 
 
 cudaError_t launch_call_traffic(const CallTraffic& call, int shape, void* unused, cudaStream_t stream, bool& fits) {
   constexpr bool (*launches[])(const CallTraffic&, void*, cudaStream_t) = {
-      launch_move_of<128, 2, true>,  launch_move_of<128, 4, true>,  launch_move_of<128, 8, true>,
-      launch_move_of<256, 2, true>,  launch_move_of<256, 4, true>,  launch_move_of<256, 8, true>,
-      launch_move_of<512, 2, true>,  launch_move_of<512, 4, true>,  launch_move_of<512, 8, true>,
       launch_move_of<128, 2, false>, launch_move_of<128, 4, false>, launch_move_of<128, 8, false>,
       launch_move_of<256, 2, false>, launch_move_of<256, 4, false>, launch_move_of<256, 8, false>,
       launch_move_of<512, 2, false>, launch_move_of<512, 4, false>, launch_move_of<512, 8, false>,
+      launch_move_of<128, 2, true>,  launch_move_of<128, 4, true>,  launch_move_of<128, 8, true>,
+      launch_move_of<256, 2, true>,  launch_move_of<256, 4, true>,  launch_move_of<256, 8, true>,
+      launch_move_of<512, 2, true>,  launch_move_of<512, 4, true>,  launch_move_of<512, 8, true>,
   };
   static_assert(sizeof launches / sizeof launches[0] == call_shapes);
   fits = launches[shape](call, unused, stream);

@@ -26,6 +26,8 @@ struct Form {
   std::int64_t rows = 4, tokens = 1, key_dim = 128, value_dim = 128;
   DType state = DType::bf16, activations = DType::bf16;
   bool value_last = false, snapshots = false, variable = false, dependent = false;
+  enum { where_read, given_twice, elsewhere } written = where_read;
+  bool token_slots = false, updates = true;
   std::int64_t misaligned = 0;  ///< elements that the state begins behind an aligned address
 };
 
@@ -57,6 +59,10 @@ Plan plan_of(const Form& form) {
   in.state = form.value_last ? memory.make(d.state, {1000, 32, form.key_dim, form.value_dim}, form.misaligned).transposed(2, 3)
                              : memory.make(d.state, {1000, 32, form.value_dim, form.key_dim}, form.misaligned);
   in.read_slots = memory.make(DType::i32, {form.rows});
+  if (form.written != Form::where_read)
+    in.write_slots = form.written == Form::given_twice ? in.read_slots : memory.make(DType::i32, {form.rows});
+  if (form.token_slots) in.token_slots = memory.make(DType::i32, {form.rows, T});
+  in.update_state = form.updates;
   in.dependent_launch = form.dependent;
   if (form.variable) in.cu_seqlens = memory.make(DType::i32, {form.rows + 1});
   if (form.snapshots)
@@ -276,6 +282,20 @@ TEST_CASE("what a call does beside the ones around it depends on the bytes of it
   CHECK(begins({.rows = 5, .tokens = 4, .value_last = true, .dependent = true}) == std::pair(false, false));
 }
 
+TEST_CASE("states are kept in the cache where a call stores them in place alone") {
+  const auto keeps = [](const Form& form) { return plan_of(form).shape.keeps_states; };
+  for (const std::int64_t tokens : {1, 4}) {
+    CAPTURE(tokens);
+    CHECK(keeps({.rows = 64, .tokens = tokens}));
+    CHECK(keeps({.rows = 64, .tokens = tokens, .written = Form::given_twice}));
+    CHECK_FALSE(keeps({.rows = 64, .tokens = tokens, .written = Form::elsewhere}));
+    CHECK_FALSE(keeps({.rows = 64, .tokens = tokens, .token_slots = true}));
+    CHECK_FALSE(keeps({.rows = 64, .tokens = tokens, .snapshots = true}));
+    CHECK_FALSE(keeps({.rows = 64, .tokens = tokens, .updates = false}));
+    CHECK_FALSE(keeps({.rows = 1, .tokens = tokens}));
+  }
+}
+
 TEST_CASE("a shape for measuring is three numbers") {
   CHECK_FALSE(parse_shape(nullptr));
   CHECK_FALSE(parse_shape(""));
@@ -284,11 +304,11 @@ TEST_CASE("a shape for measuring is three numbers") {
   CHECK(shape->rows_a_lane == 8);
   CHECK(shape->warps == 2);
   CHECK(shape->span == 16);
-  CHECK_THROWS_WITH_AS(parse_shape("8:2"), "GATEDELTA_CUDA_SHAPE: '8:2' is not ROWS:WARPS:SPAN[:stay]", Error);
-  CHECK_FALSE(shape->stores_stay);
-  CHECK(parse_shape("8:2:16:stay")->stores_stay);
+  CHECK_THROWS_WITH_AS(parse_shape("8:2"), "GATEDELTA_CUDA_SHAPE: '8:2' is not ROWS:WARPS:SPAN[:keep]", Error);
+  CHECK_FALSE(shape->keeps_states);
+  CHECK(parse_shape("8:2:16:keep")->keeps_states);
   CHECK_THROWS_AS(parse_shape("8:2:16x"), Error);
-  CHECK_THROWS_AS(parse_shape("8:2:16:stays"), Error);
+  CHECK_THROWS_AS(parse_shape("8:2:16:keeps"), Error);
 }
 
 TEST_CASE("windows whose places are too far apart for 32 bits are not for the fast kernels") {

@@ -129,21 +129,29 @@ __device__ inline void load_again(std::uint32_t (&out)[4], const void* from) {
                : "memory");
 }
 
-/// An asynchronous copy of 16 bytes into shared memory, of what is used once: the first to leave the L2 cache. The number is
-/// what createpolicy.fractional.L2::evict_first gives.
-__device__ inline void copy_streaming(void* to, const void* from) {
+/// When a line leaves the L2 cache: before others, as any other, or after all that are not `last`. The numbers are the upper
+/// words of what createpolicy.fractional.L2 gives for all lines; the lower ones are zero.
+enum class Eviction : std::uint32_t { first = 0x12f00000, normal = 0x16f00000, last = 0x14f00000 };
+__device__ inline std::uint64_t policy_of(Eviction eviction) {
+  return static_cast<std::uint64_t>(static_cast<std::uint32_t>(eviction)) << 32;
+}
+/// An asynchronous copy of 16 bytes into shared memory. For a warp, there is one `eviction`, as for store_vector().
+__device__ inline void copy_vector(void* to, const void* from, Eviction eviction) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_offset(to)), "l"(from),
-               "l"(0x12f0000000000000ull)
+               "l"(policy_of(eviction))
                : "memory");
 }
-
-/// `stays`: in the L2 cache as anything else does; if not, the first to leave it. Both stores without a branch.
-__device__ inline void store_vector(void* to, uint4 vector, bool stays) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1,%2,%3,%4}; @!p st.global.cs.v4.u32 [%0], "
-      "{%1,%2,%3,%4};}" ::"l"(to),
-      "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w), "r"(static_cast<unsigned>(stays))
-      : "memory");
+__device__ inline uint4 load_vector(const void* from, Eviction eviction) {
+  uint4 out;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+               : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+               : "l"(from), "l"(policy_of(eviction)));
+  return out;
+}
+__device__ inline void store_vector(void* to, uint4 vector, Eviction eviction) {
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1,%2,%3,%4}, %5;" ::"l"(to), "r"(vector.x), "r"(vector.y),
+               "r"(vector.z), "r"(vector.w), "l"(policy_of(eviction))
+               : "memory");
 }
 
 /// Makes x unknown to the compiler, which then cannot work out ahead of a loop what follows from it and keep that in registers.

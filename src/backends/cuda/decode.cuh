@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const 
   // `done`: value rows of the span before the slice.
   const auto fetch_state = [&](unsigned stage, unsigned done) {
     const State* const first_vector = from + done * read_stride;
-    ring.fetch(stage, reads && done < span, [&](int i) { return first_vector + Tile::step(i, read_stride); });
+    ring.fetch(stage, reads && done < span, Evictions(p).load,
+               [&](int i) { return first_vector + Tile::step(i, read_stride); });
   };
   const auto begin = [&] {
     slots.resolve(p, n);

@@ -119,7 +119,7 @@ __device__ __forceinline__ void store_in_all_places(const FastParams& p, unsigne
     const std::int64_t stride = stride_of(&p.state_write.strides[2]);
     State* const to = static_cast<State*>(p.state_write.data) + offset_of(p.state_write, slot, h) + lane_offset(stride);
     store(stride, [&](std::int64_t step, const float(&s)[width]) {
-      store_vector(to + step, Packed<State, width>(s).vector(), p.stores_stay);
+      store_vector(to + step, Packed<State, width>(s).vector(), Evictions(p).store);
     });
   }
   if (!common && p.snapshots.data != nullptr) {

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
       from += offset_of(p.state_read, slots.source, h);
     else
       ring.clear();
-    ring.fetch(0, reads, [&](int i) { return from + step(i, stride); });
+    ring.fetch(0, reads, Evictions(p).load, [&](int i) { return from + step(i, stride); });
   };
   // The kernel before may be writing the inputs of a dependent launch, but neither slots nor states.
   if (p.ahead) begin();

@@ -97,7 +97,7 @@ cudaError_t launch_forward(const Plan& plan, const ForwardParams& params, cudaSt
     return launch(what, params, stream);
   }
   const FastKernel kernel = find_kernel(plan, p.state_dtype, p.key_dim, false);
-  p.stores_stay = plan.shape.stores_stay, p.ahead = plan.ahead, p.early = plan.early;
+  p.keeps_states = plan.shape.keeps_states, p.ahead = plan.ahead, p.early = plan.early;
   if (plan.kernel == Kernel::chunks) {
     p.preparing = static_cast<std::uint8_t>(plan.shape.preparing);
     const int row_warps = plan.shape.warps - plan.shape.preparing;

@@ -59,7 +59,9 @@ struct Params {
 
   Tensor<std::int64_t, 4> state_write;
   std::int32_t heads;
-  bool stores_stay;          ///< in the L2 cache, of the states that decode and serving store
+  /// decode, serving: states that are loaded stay in the L2 cache until they have been stored in the same place, and then leave
+  /// it like anything else. Where not, what is stored leaves it first.
+  bool keeps_states;
   std::uint8_t preparing;    ///< chunks: warps of a block that do nothing else
   std::uint8_t share_bits;   ///< serving: 1 << share_bits warps have the same value rows
   std::uint32_t warp_bytes;  ///< of shared memory

@@ -15,36 +15,36 @@ namespace {
 
 constexpr std::int64_t no_bound = INT64_MAX;
 
-// Measured on an H200 with 16 query and 32 value heads and K = V = 128 by bench/tune_cuda, which tries all of them. Where a
-// call stores several times what the L2 cache holds, stores that stay there like anything else are 1 to 2 % faster; where it
-// stores less, they are up to 8 % slower.
+// Measured on an H200 with 16 query and 32 value heads and K = V = 128 by bench/tune_cuda, which tries all of them. What counts
+// is the order in which the L2 cache gives up what was written: from 256 or 512 states on it is 2 to 6 % faster to keep states
+// there till they have been stored, with fewer it is up to 10 % slower.
 constexpr Choice decode_16_bit[] = {
-    {128, {4, 2, 8}}, {256, {4, 4, 16}}, {512, {8, 2, 64, true}}, {1024, {8, 1, 16}}, {no_bound, {4, 4, 32, true}}};
-constexpr Choice decode_32_bit[] = {{32, {4, 2, 4}},   {128, {8, 2, 8}},
-                                    {256, {8, 1, 16}}, {512, {8, 1, 32, false, Ahead::always}},
-                                    {4096, {4, 2, 4}}, {no_bound, {8, 4, 32, true}}};
-constexpr Choice decode_value_last_16_bit[] = {{256, {4, 2, 1, false, Ahead::dependent}},
-                                               {512, {16, 4, 1, false, Ahead::dependent}},
+    {128, {4, 2, 8}}, {256, {8, 4, 32, true}}, {512, {8, 2, 64, true}}, {1024, {4, 4, 32, true}}, {no_bound, {8, 2, 32, true}}};
+constexpr Choice decode_32_bit[] = {{32, {4, 2, 4}},          {128, {8, 2, 8}},
+                                    {256, {8, 1, 16, true}},  {512, {8, 1, 32, true, Ahead::always}},
+                                    {1024, {8, 2, 32, true}}, {no_bound, {8, 1, 16, true}}};
+constexpr Choice decode_value_last_16_bit[] = {{128, {4, 2, 1, false, Ahead::dependent}},
+                                               {256, {4, 2, 1, true, Ahead::dependent}},
+                                               {512, {16, 4, 1, true, Ahead::dependent}},
                                                {no_bound, {16, 4, 1, true, Ahead::always}}};
 constexpr Choice decode_value_last_32_bit[] = {{64, {4, 2, 1, false, Ahead::dependent}},
                                                {128, {4, 2, 1, false, Ahead::always}},
-                                               {256, {8, 4, 1, false, Ahead::always}},
+                                               {256, {4, 2, 1, true, Ahead::always}},
                                                {no_bound, {16, 4, 1, true, Ahead::always}}};
 constexpr Choice serving_update_16_bit[] = {
-    {32, {0, 1, 16}},   {256, {0, 4, 16}},        {512, {0, 4, 32}},
-    {1024, {0, 2, 64}}, {2048, {0, 2, 32, true}}, {no_bound, {0, 4, 32, true}},
+    {32, {0, 1, 16}}, {256, {0, 4, 16}}, {512, {0, 4, 32, true}}, {1024, {0, 1, 64, true}}, {no_bound, {0, 4, 32, true}},
 };
 constexpr Choice serving_update_32_bit[] = {
-    {128, {0, 2, 16}}, {256, {0, 4, 32}}, {512, {0, 2, 64}}, {1024, {0, 2, 32, true}}, {no_bound, {0, 4, 32, true}},
+    {128, {0, 2, 16}}, {256, {0, 4, 32}}, {512, {0, 1, 64, true}}, {1024, {0, 2, 32, true}}, {no_bound, {0, 4, 32, true}},
 };
 constexpr Choice serving_each_16_bit[] = {{64, {2, 2, 16}}, {256, {0, 4, 16}}, {1024, {0, 2, 32}}, {no_bound, {0, 2, 16}}};
 constexpr Choice serving_each_32_bit[] = {{32, {2, 2, 16}}, {128, {0, 2, 16}}, {512, {0, 2, 32}}, {no_bound, {0, 4, 16}}};
-constexpr Choice serving_long_keys_32_bit[] = {{128, {0, 2, 16}}, {no_bound, {0, 2, 32}}};
+constexpr Choice serving_long_keys_32_bit[] = {{128, {0, 2, 16}}, {no_bound, {0, 2, 32, true}}};
 constexpr Choice serving_read_16_bit[] = {{256, {0, 1, 16}}, {4096, {0, 2, 64}}, {no_bound, {0, 4, 32}}};
 constexpr Choice serving_read_32_bit[] = {{256, {0, 1, 16}}, {no_bound, {0, 2, 64}}};
 // Inputs that are not bfloat16: up to 8 tokens in float16 beside a state of 16 bits, and all others.
-constexpr Choice split_16_bit[] = {{128, {0, 4, 16}}, {512, {0, 4, 32}}, {no_bound, {0, 2, 64}}};
-constexpr Choice split_32_bit[] = {{128, {0, 4, 16}}, {no_bound, {0, 2, 64}}};
+constexpr Choice split_16_bit[] = {{128, {0, 4, 16}}, {512, {0, 4, 32, true}}, {no_bound, {0, 2, 64, true}}};
+constexpr Choice split_32_bit[] = {{128, {0, 4, 16}}, {no_bound, {0, 2, 64, true}}};
 // The same with states after each token: in float16, in float32.
 constexpr Choice split_each_16_bit[] = {{64, {2, 4, 16}}, {256, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
 constexpr Choice split_each_32_bit[] = {{64, {2, 4, 16}}, {128, {0, 4, 16}}, {512, {0, 4, 32}}, {no_bound, {0, 4, 16}}};
@@ -64,16 +64,17 @@ constexpr Choice replay_value_last_32_bit[] = {{128, {1, 4, 16}}, {512, {1, 2, 3
 constexpr Choice replay_float_one_token[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {4, 4, 32}}};
 constexpr Choice replay_float_16_bit[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_float_32_bit[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {no_bound, {1, 2, 64}}};
-constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32}}};
+constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32, true}}};
 constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
 constexpr Choice chunks_rows[] = {{64, {4, 8, 16}}, {128, {4, 12, 16}}, {no_bound, {0, 4, 16}}};
 constexpr Choice split_chunks_rows[] = {{64, {4, 8, 16}}, {no_bound, {0, 8, 16}}};
-constexpr Choice serving_value_last_16_bit[] = {{128, {4, 4, 1}}, {512, {2, 2, 1}}, {2048, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
-constexpr Choice serving_value_last_32_bit[] = {{32, {4, 4, 1}}, {128, {2, 2, 1}}, {512, {0, 1, 1}}, {no_bound, {0, 2, 1}}};
+constexpr Choice serving_value_last_16_bit[] = {{128, {4, 4, 1}}, {2048, {2, 2, 1, true}}, {no_bound, {0, 2, 1, true}}};
+constexpr Choice serving_value_last_32_bit[] = {
+    {32, {4, 4, 1}}, {128, {2, 2, 1, true}}, {512, {0, 1, 1, true}}, {no_bound, {0, 2, 1, true}}};
 constexpr Choice value_last_each_16_bit[] = {{no_bound, {4, 4, 1}}};
 constexpr Choice value_last_each_32_bit[] = {{no_bound, {2, 2, 1}}};
-constexpr Choice wide_value_last_16_bit[] = {{128, {4, 4, 1}}, {no_bound, {0, 2, 1}}};
-constexpr Choice wide_value_last_32_bit[] = {{128, {2, 2, 1}}, {no_bound, {0, 2, 1}}};
+constexpr Choice wide_value_last_16_bit[] = {{128, {4, 4, 1}}, {no_bound, {0, 2, 1, true}}};
+constexpr Choice wide_value_last_32_bit[] = {{128, {2, 2, 1}}, {no_bound, {0, 2, 1, true}}};
 
 template <std::size_t N>
 constexpr Choices all(const Choice (&rows)[N]) {
@@ -170,9 +171,9 @@ std::optional<Shape> parse_shape(const char* text) {
   int length = 0;
   const int read = std::sscanf(text, "%d:%d:%d%n", &shape.rows_a_lane, &shape.warps, &shape.span, &length);
   const std::string_view rest = read == 3 ? text + length : "?";
-  shape.stores_stay = rest == ":stay";
-  if (!rest.empty() && !shape.stores_stay)
-    throw Error(ErrorCode::invalid_argument, "GATEDELTA_CUDA_SHAPE: '" + std::string(text) + "' is not ROWS:WARPS:SPAN[:stay]");
+  shape.keeps_states = rest == ":keep";
+  if (!rest.empty() && !shape.keeps_states)
+    throw Error(ErrorCode::invalid_argument, "GATEDELTA_CUDA_SHAPE: '" + std::string(text) + "' is not ROWS:WARPS:SPAN[:keep]");
   return shape;
 }
 
@@ -214,6 +215,14 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
 
 namespace {
 
+/// Whether every state is stored where it was loaded from, and nowhere else.
+bool is_in_place(const ForwardParams& p) {
+  const auto &read = p.read_slots, &write = p.write_slots;
+  const bool same_slots =
+      write.data == nullptr || (p.accepted.data == nullptr && write.data == read.data && write.strides[0] == read.strides[0]);
+  return p.state_read.data == p.state_write.data && p.store_final && same_slots && !stores_each(p);
+}
+
 void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
   static const std::optional<Shape> forced = parse_shape(std::getenv("GATEDELTA_CUDA_SHAPE"));
   const Choices rows = choices(plan, p.state_dtype, stores);
@@ -222,6 +231,7 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
     const Ahead ahead = plan.shape.ahead;
     plan.shape = *forced, plan.shape.ahead = ahead;
   }
+  plan.shape.keeps_states = plan.shape.keeps_states && is_in_place(p);
   if (plan.kernel == Kernel::serving && !plan.value_last) {
     int& shares = plan.shape.shares;
     if (stores != Stores::each) shares = 0;

@@ -28,8 +28,8 @@ struct Shape {
   };
   int warps = 0;  ///< of a block (decode, V-last: follows from the lanes)
   int span = 0;   ///< value rows of a warp, rounded up to what it has at a time (decode, V-last: that)
-  /// decode, serving: stored states do not leave the L2 cache before others.
-  bool stores_stay = false;
+  /// decode, serving: of calls that update states in place; see FastParams.
+  bool keeps_states = false;
   Ahead ahead = Ahead::never;  ///< decode
 };
 
@@ -60,7 +60,7 @@ struct Choices {
 };
 Choices choices(const Plan& plan, DType state, Stores stores);
 
-/// The shape in the environment's GATEDELTA_CUDA_SHAPE, "rows_a_lane:warps:span" or with ":stay" behind it, which takes the
+/// The shape in the environment's GATEDELTA_CUDA_SHAPE, "rows_a_lane:warps:span" or with ":keep" behind it, which takes the
 /// place of the tables where the kernel can have it: for measuring. Throws if it makes no sense.
 std::optional<Shape> parse_shape(const char* text);
 

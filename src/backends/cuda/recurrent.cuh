@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(recurrent_threads, 3) recurrent_kernel(const _
   } else {
     const std::int64_t stride = p.state_read.strides[2];
     const State* const first = from + offset_of_lane(stride);
-    ring.fetch(0, reads && has_rows,
+    ring.fetch(0, reads && has_rows, Eviction::normal,
                [&](int i) { return first + i / Tile::runs * stride + i % Tile::runs * (Tile::width * Tile::key_lanes); });
   }
   const Row row = resolve(p, n, source);

@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   using Corrections = cuda::Corrections<Entry>;
   using Mix = typename Notes::Mix;
   constexpr int blocks = Tokens::blocks, parts = Rows::parts, stages = replay_stages;
-  constexpr bool streams = token_tile == 1;  // more tokens have been slower with it
+  // Seldom stored. More tokens have been slower with `first`.
+  constexpr Eviction eviction = token_tile == 1 ? Eviction::first : Eviction::normal;
   constexpr bool passes = token_tile == 8 && !common;
   constexpr bool overlaps = token_tile == 1 && one_group && (parts == 1 || !Rows::narrow_state);
   const int warp = static_cast<int>(threadIdx.x / 32), warps = p.warps;
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
     next.state =
         static_cast<const State*>(p.state_write.data) + offset_of(p.state_write, static_cast<unsigned>(row.slot), first_head) +
         (span_begin + (copied_warp - warp) * Rows::rows) * Rows::row_step + Rows::lane_offset(copied_lane, p.value_dim);
-    if (next.h < end_head) Rows(copied, copied_lane, p.value_dim).template fetch<streams>(next.state);
+    if (next.h < end_head) Rows(copied, copied_lane, p.value_dim).fetch(next.state, eviction);
   };
   // The kernel before may be writing the inputs of a dependent launch, but neither slots nor states, nor anything of the
   // window.
@@ -311,7 +312,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
       store_entry<Entry, token_tile>(p, row, tokens_head, own_tokens, tokens,
                                      row.record.place_of(P + (token_tile == 1 ? 0 : g), window.ring), lane);
     if (next.h < end_head) {
-      Rows(copied + stage_bytes, copied_lane, p.value_dim).template fetch<streams>(next.state);
+      Rows(copied + stage_bytes, copied_lane, p.value_dim).fetch(next.state, eviction);
       advance(next);
     }
     __pipeline_commit();
@@ -487,7 +488,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
       }
       synchronise();
       if (next.h < end_head) {
-        copy.template fetch<streams>(next.state);
+        copy.fetch(next.state, eviction);
         fetch_corrections(stage, next);
         advance(next);
       }

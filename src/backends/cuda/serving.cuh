@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(
   extern __shared__ uint4 shared[];
   const bool stores_each = (!common && p.store_tokens) || p.snapshots.data != nullptr;
   char* const memory = shared_address(shared, Tokens::shared_bytes + warp * p.warp_bytes);
-  const auto unit_in = [&](char* where) { return Unit(where, static_cast<unsigned>(lane), p.value_dim, p.stores_stay); };
+  const auto unit_in = [&](char* where) { return Unit(where, static_cast<unsigned>(lane), p.value_dim, Evictions(p)); };
   const auto unit_at = [&](int stage) { return unit_in(memory + stage * stage_bytes); };
   Tokens tokens(shared);
   const Values values(p, n, h, lane);

@@ -29,9 +29,8 @@ class StateColumns {
   __device__ static int lane_offset(int lane, int value_dim) {
     return lane / vectors * value_dim + lane % vectors * lanes_of<State>;
   }
-  template <bool streams>
-  __device__ void fetch(const State* from) const {
-    for_each_vector(from, [](char* to, const State* vector) { copy_vector<streams>(to, vector); });
+  __device__ void fetch(const State* from, Eviction eviction) const {
+    for_each_vector(from, [=](char* to, const State* vector) { copy_vector(to, vector, eviction); });
   }
 
   __device__ __forceinline__ void load(Pair (&a)[parts][4], int m) const {
@@ -86,7 +85,7 @@ class StateColumns {
   /// `to`: the lane's first vector, see lane_offset().
   __device__ void write(State* to) const {
     for_each_vector(to, [](const char* from, State* vector) {
-      __stcs(reinterpret_cast<uint4*>(vector), *reinterpret_cast<const uint4*>(from));
+      store_vector(vector, *reinterpret_cast<const uint4*>(from), Eviction::first);
     });
   }
 

@@ -28,9 +28,8 @@ class StateRows {
   __device__ static int lane_offset(int lane, int /*value_dim*/) {
     return lane / vectors * key_dim + lane % vectors * lanes_of<State>;
   }
-  template <bool streams>
-  __device__ void fetch(const State* from) const {
-    for_each_vector(from, [](char* to, const State* vector) { copy_vector<streams>(to, vector); });
+  __device__ void fetch(const State* from, Eviction eviction) const {
+    for_each_vector(from, [=](char* to, const State* vector) { copy_vector(to, vector, eviction); });
   }
 
   /// Step m as a fragment, in parts that add up to it.
@@ -92,7 +91,7 @@ class StateRows {
         else
           words[2 * pair] = __float_as_uint(x[2 * pair]), words[2 * pair + 1] = __float_as_uint(x[2 * pair + 1]);
       }
-      __stcs(reinterpret_cast<uint4*>(to + 8 * half * key_dim), make_uint4(words[0], words[1], words[2], words[3]));
+      store_vector(to + 8 * half * key_dim, make_uint4(words[0], words[1], words[2], words[3]), Eviction::first);
     }
   }
 

@@ -24,8 +24,8 @@ class StateUnit {
 
   /// `memory`: the warp's, of `bytes`. `value_dim`: how far it is from key to key of a V-last state. `stores_stay`: see
   /// params.hpp.
-  __device__ StateUnit(void* memory, unsigned lane, int value_dim, bool stores_stay)
-      : memory_(static_cast<char*>(memory)), lane_(static_cast<int>(lane)), value_dim_(value_dim), stores_stay_(stores_stay) {}
+  __device__ StateUnit(void* memory, unsigned lane, int value_dim, Evictions evictions)
+      : memory_(static_cast<char*>(memory)), lane_(static_cast<int>(lane)), value_dim_(value_dim), evictions_(evictions) {}
 
   /// Elements from a head's first to the first of its value rows from `first_value`.
   __device__ static int offset(int first_value) { return value_last ? first_value : first_value * key_dim; }
@@ -34,7 +34,7 @@ class StateUnit {
   /// together.
   template <int warps = 1>
   __device__ void fetch(const State* from, int count, int warp = 0) const {
-    for_each_vector<warps>(from, count, warp, [](char* to, const State* vector) { __pipeline_memcpy_async(to, vector, 16); });
+    for_each_vector<warps>(from, count, warp, [&](char* to, const State* vector) { copy_vector(to, vector, evictions_.load); });
   }
   /// Of a row that starts from zero.
   __device__ void clear() const {
@@ -45,7 +45,7 @@ class StateUnit {
   template <int warps = 1>
   __device__ void write(State* to, int count, int warp = 0) const {
     for_each_vector<warps>(to, count, warp, [&](const char* from, State* vector) {
-      store_vector(vector, *reinterpret_cast<const uint4*>(from), stores_stay_);
+      store_vector(vector, *reinterpret_cast<const uint4*>(from), evictions_.store);
     });
   }
 
@@ -148,7 +148,7 @@ class StateUnit {
   }
   char* const memory_;
   const int lane_, value_dim_;
-  const bool stores_stay_;
+  const Evictions evictions_;
 };
 
 }  // namespace gatedelta::cuda

@@ -74,14 +74,14 @@ __device__ __forceinline__ void split_pair(std::uint32_t word, Out out) {
   }
 }
 
-/// Starts the copy of 16 bytes into shared memory; `streams`: of what is used once.
-template <bool streams>
-__device__ __forceinline__ void copy_vector(void* to, const void* from) {
-  if constexpr (streams)
-    copy_streaming(to, from);
-  else
-    __pipeline_memcpy_async(to, from, 16);
-}
+/// Of a state, when it is loaded and when it is stored. See FastParams::keeps_states.
+struct Evictions {
+  Eviction load, store;
+
+  template <class P>
+  __device__ explicit Evictions(const P& p)
+      : load(p.keeps_states ? Eviction::last : Eviction::normal), store(p.keeps_states ? Eviction::normal : Eviction::first) {}
+};
 
 template <class Element>
 __device__ void unpack(const std::uint32_t (&words)[4], float (&out)[lanes_of<Element>]) {
@@ -172,10 +172,10 @@ class Ring {
 
   /// Starts the copy of one stage: from(i) is where vector i is. Every call counts for wait(), also one without vectors.
   template <class From>
-  __device__ void fetch(unsigned stage, bool any, From from) {
+  __device__ void fetch(unsigned stage, bool any, Eviction eviction, From from) {
     if (any)
 #pragma unroll
-      for (int i = 0; i < vectors; ++i) __pipeline_memcpy_async(at(stage, i), from(i), 16);
+      for (int i = 0; i < vectors; ++i) copy_vector(at(stage, i), from(i), eviction);
     __pipeline_commit();
   }
   /// Until the oldest of the last `stages` copies is there.

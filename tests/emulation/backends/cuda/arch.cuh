@@ -127,8 +127,9 @@ void multiply_in_group(float (&d)[2][4][4], const Pair (&a)[4], SharedMatrix b) 
 }
 
 inline void load_again(std::uint32_t (&out)[4], const void* from) { std::memcpy(out, from, sizeof out); }
-inline void store_vector(void* to, uint4 vector, bool) { std::memcpy(to, &vector, sizeof vector); }
-inline void copy_streaming(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
+enum class Eviction : std::uint32_t { first, normal, last };
+inline void store_vector(void* to, uint4 vector, Eviction) { std::memcpy(to, &vector, sizeof vector); }
+inline void copy_vector(void* to, const void* from, Eviction) { __pipeline_memcpy_async(to, from, 16); }
 template <class Word, class T>
 void load_if(bool wanted, Word& x, const T* from) {
   if (wanted) x = *from;
