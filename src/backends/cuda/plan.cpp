@@ -64,6 +64,12 @@ constexpr Choice replay_value_last_32_bit[] = {{128, {1, 4, 16}}, {512, {1, 2, 3
 constexpr Choice replay_float_one_token[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {2048, {1, 2, 64}}, {no_bound, {4, 4, 32}}};
 constexpr Choice replay_float_16_bit[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {512, {1, 2, 64}}, {no_bound, {2, 4, 32}}};
 constexpr Choice replay_float_32_bit[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {no_bound, {1, 2, 64}}};
+// Calls that are not passes, with long windows: of several tokens, V-last; and of float32 entries, K-last.
+constexpr Choice replay_long_value_last[] = {{128, {1, 4, 16}}, {512, {1, 4, 32}}, {no_bound, {2, 4, 32}}};
+constexpr Choice replay_long_float_one_token_16_bit[] = {
+    {128, {1, 4, 16}}, {256, {1, 2, 32}}, {2048, {2, 4, 32}}, {no_bound, {4, 4, 32}}};
+constexpr Choice replay_long_float_one_token_32_bit[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {no_bound, {1, 4, 32}}};
+constexpr Choice replay_long_float[] = {{128, {1, 4, 16}}, {256, {1, 2, 32}}, {no_bound, {2, 4, 32}}};
 constexpr Choice wide_16_bit[] = {{32, {0, 4, 16}}, {no_bound, {0, 4, 32, true}}};
 constexpr Choice wide_32_bit[] = {{32, {0, 2, 16}}, {no_bound, {0, 2, 64, true}}};
 constexpr Choice chunks_rows[] = {{64, {4, 8, 16}}, {128, {4, 12, 16}}, {no_bound, {0, 4, 16}}};
@@ -183,13 +189,19 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
   };
   if (plan.kernel == Kernel::chunks) return plan.inputs == DType::bf16 ? all(chunks_rows) : all(split_chunks_rows);
   if (plan.kernel == Kernel::replay) {
-    if (plan.entries == DType::f32 && !plan.value_last)
-      return plan.token_tile == 1 ? all(replay_float_one_token) : by_state(replay_float_16_bit, replay_float_32_bit);
-    if (plan.value_last)
-      return plan.token_tile == 1 ? by_state(replay_value_last_one_token_16_bit, replay_value_last_one_token_32_bit)
-                                  : by_state(replay_value_last_16_bit, replay_value_last_32_bit);
+    const bool one_token = plan.token_tile == 1, is_long = !plan.one_group && !plan.passes;
+    if (plan.value_last) {
+      if (one_token) return by_state(replay_value_last_one_token_16_bit, replay_value_last_one_token_32_bit);
+      if (is_long && plan.entries == DType::bf16) return all(replay_long_value_last);
+      return by_state(replay_value_last_16_bit, replay_value_last_32_bit);
+    }
+    if (plan.entries == DType::f32) {
+      if (is_long && one_token) return by_state(replay_long_float_one_token_16_bit, replay_long_float_one_token_32_bit);
+      if (is_long && (state != DType::f32 || plan.token_tile == 8)) return all(replay_long_float);
+      return one_token ? all(replay_float_one_token) : by_state(replay_float_16_bit, replay_float_32_bit);
+    }
     if (!plan.one_group) return plan.passes ? all(replay_passes) : all(replay_long);
-    return plan.token_tile == 1 ? by_state(replay_one_token_16_bit, replay_one_token_32_bit) : all(replay_rows);
+    return one_token ? by_state(replay_one_token_16_bit, replay_one_token_32_bit) : all(replay_rows);
   }
   if (plan.kernel == Kernel::serving) {
     const bool wide = plan.token_tile == 16;
