@@ -101,8 +101,7 @@ __global__ void __launch_bounds__(32 * replay_max_warps,
   using Corrections = cuda::Corrections<Entry>;
   using Mix = typename Notes::Mix;
   constexpr int blocks = Tokens::blocks, parts = Rows::parts, stages = replay_stages;
-  // Seldom stored. More tokens have been slower with `first`.
-  constexpr Eviction eviction = token_tile == 1 ? Eviction::first : Eviction::normal;
+  constexpr Eviction eviction = token_tile == 1 ? Eviction::first : Eviction::normal;  // of states; measured
   constexpr bool passes = token_tile == 8 && !common;
   constexpr bool overlaps = token_tile == 1 && one_group && (parts == 1 || !Rows::narrow_state);
   const int warp = static_cast<int>(threadIdx.x / 32), warps = p.warps;

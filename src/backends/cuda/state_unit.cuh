@@ -22,8 +22,7 @@ class StateUnit {
   static constexpr int pair_words = static_cast<int>(sizeof(State)) / 2;
   static constexpr std::size_t bytes = std::size_t{sizeof(State)} * rows * key_dim;
 
-  /// `memory`: the warp's, of `bytes`. `value_dim`: how far it is from key to key of a V-last state. `stores_stay`: see
-  /// params.hpp.
+  /// `memory`: the warp's, of `bytes`. `value_dim`: how far it is from key to key of a V-last state.
   __device__ StateUnit(void* memory, unsigned lane, int value_dim, Evictions evictions)
       : memory_(static_cast<char*>(memory)), lane_(static_cast<int>(lane)), value_dim_(value_dim), evictions_(evictions) {}
 
