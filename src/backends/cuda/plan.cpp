@@ -227,12 +227,12 @@ Choices choices(const Plan& plan, DType state, Stores stores) {
 
 namespace {
 
-/// Whether every state is stored where it was loaded from, and nowhere else.
+/// Whether the last state of a row goes where its first one is.
 bool is_in_place(const ForwardParams& p) {
   const auto &read = p.read_slots, &write = p.write_slots;
   const bool same_slots =
       write.data == nullptr || (p.accepted.data == nullptr && write.data == read.data && write.strides[0] == read.strides[0]);
-  return p.state_read.data == p.state_write.data && p.store_final && same_slots && !stores_each(p);
+  return p.state_read.data == p.state_write.data && same_slots;
 }
 
 void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
@@ -243,7 +243,7 @@ void choose_shape(const ForwardParams& p, Stores stores, Plan& plan) {
     const Ahead ahead = plan.shape.ahead;
     plan.shape = *forced, plan.shape.ahead = ahead;
   }
-  plan.shape.keeps_states = plan.shape.keeps_states && is_in_place(p);
+  plan.shape.keeps_states = plan.shape.keeps_states && stores == Stores::last && is_in_place(p);
   if (plan.kernel == Kernel::serving && !plan.value_last) {
     int& shares = plan.shape.shares;
     if (stores != Stores::each) shares = 0;
