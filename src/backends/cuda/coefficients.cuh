@@ -12,7 +12,7 @@ __device__ inline float shuffle(float x, int lane) { return __shfl_sync(0xffffff
 
 template <bool common>
 __device__ float normalisation(const FastParams& p, float square) {
-  return common || p.l2norm ? 1.0f / sqrtf(square + p.l2_eps) : 1.0f;
+  return common || p.l2norm ? rsqrtf(square + p.l2_eps) : 1.0f;
 }
 
 /// A lane's keys of a token's key or query, as vectors of `width` elements; zeros where there is no token.
@@ -258,16 +258,16 @@ class TokenColumns {
   __device__ __forceinline__ void prepare_with(const FastParams& p, int count, int g, int c, unsigned path, Multiply multiply) {
     const int t = g % token_tile;
     const auto sees = [&](int token) { return tree ? (path >> token & 1) != 0 : token <= t; };
+    int column[2];  // token
+    // Row g with the columns of the keys: of the key of row g, and of its query. Squares are on the diagonal.
+    float products[2], read_outs[2], squares[2];
+    multiply(products, read_outs, squares);
     float decay = 1, beta = 0;
     if (t < count) {
       log_decay_ = gates_.log_decay<float, common>(p);
       decay = expf(log_decay_);
       beta = gates_.beta<float, common>(p);
     }
-    int column[2];  // token
-    // Row g with the columns of the keys: of the key of row g, and of its query. Squares are on the diagonal.
-    float products[2], read_outs[2], squares[2];
-    multiply(products, read_outs, squares);
     const auto factor_of = [&](const float(&x)[2]) {
       return normalisation<common>(p, shuffle(g % 2 == 0 ? x[0] : x[1], 4 * g + g / 2));
     };

@@ -57,7 +57,6 @@ __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const 
   const unsigned own_row = Tile::row_of(value_lane, key_lane * rows / Tile::key_lanes);
   const int v_along = common ? 1 : p.v.strides[3], o_along = common ? 1 : p.o.strides[3];
   const std::int64_t v_at = offset_of(p.v, n, 0u, head_of(h, p.v_group)) + product(span_begin + own_row, v_along);
-  const std::int64_t o_at = offset_of(p.o, n, 0u, h) + product(span_begin + own_row, o_along);
   const auto fetch_values = [&](unsigned done) {
 #pragma unroll
     for (int r = 0; r < own_rows; ++r) raw_v[r].fetch(p.v, dtype_of<common>(p.v), v_at + product(done + r, v_along));
@@ -90,6 +89,7 @@ __global__ void __launch_bounds__(32 * decode_max_warps, 3) decode_kernel(const 
   inputs.fetch(p, n, h, [&](int i) { return Tile::key_of(key_lane, i); });
   fetch_values(0);
   if (!p.ahead) begin();
+  const std::int64_t o_at = offset_of(p.o, n, 0u, h) + product(span_begin + own_row, o_along);
 
   float q[keys], k[keys], products[3] = {};
   inputs.widen_to(k, q, p);

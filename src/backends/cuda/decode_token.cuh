@@ -75,8 +75,8 @@ struct DecodeFactors {
   template <bool common, int count>
   __device__ __forceinline__ void set_products(const FastParams& p, const float (&products)[count]) {
     const bool l2norm = common || p.l2norm;
-    key_factor = l2norm ? 1.0f / sqrtf(products[0] + p.l2_eps) : 1.0f;
-    query_factor = (l2norm ? 1.0f / sqrtf(products[1] + p.l2_eps) : 1.0f) * p.scale;
+    key_factor = l2norm ? rsqrtf(products[0] + p.l2_eps) : 1.0f;
+    query_factor = (l2norm ? rsqrtf(products[1] + p.l2_eps) : 1.0f) * p.scale;
     key_query = products[2];
   }
   /// u, from S k.

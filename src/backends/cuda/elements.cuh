@@ -85,9 +85,8 @@ struct RawElement {
   __device__ std::uint32_t bits() const { return __byte_perm(low, high, 0x5410); }
   __device__ float value(DType dtype) const { return value_of(bits(), dtype); }
   __device__ static float value_of(std::uint32_t bits, DType dtype) {
-    if (dtype == DType::f32) return __uint_as_float(bits);
-    if (dtype == DType::f16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-    return __uint_as_float(bits << 16);
+    const float half = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+    return dtype == DType::f16 ? half : __uint_as_float(dtype == DType::f32 ? bits : bits << 16);
   }
 
  private:

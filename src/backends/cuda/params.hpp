@@ -39,7 +39,11 @@ struct Params {
   std::uint32_t first_row;    ///< of this launch
   std::uint16_t span, warps;  ///< value rows of a warp, and warps of a block
   std::int32_t value_dim;
-  bool l2norm, initial_state, store_final, store_tokens;
+  bool initial_state, store_final;
+  bool ahead;  ///< states are asked for before inputs, if the launch is a dependent one, before the one before it has ended
+  /// decode, serving: states that are loaded stay in the L2 cache until they have been stored in the same place, and then leave
+  /// it like anything else. Where not, what is stored leaves it first.
+  bool keeps_states;
 
   Tensor<std::int64_t, 4> state_read;
   std::int64_t slots, null_slot;
@@ -52,16 +56,13 @@ struct Params {
   DType state_dtype;
   GateForm gate_form;
   BetaForm beta_form;
+  bool l2norm, store_tokens;
   bool vector_keys;  ///< q and k may be loaded 16 bytes at a time
   bool dependent;    ///< the launch may begin before the one before it has ended
-  bool ahead;        ///< decode, serving: then states are asked for before that has ended
   bool early;        ///< a dependent launch behind this one may begin as soon as this one has all that it waits for
 
   Tensor<std::int64_t, 4> state_write;
   std::int32_t heads;
-  /// decode, serving: states that are loaded stay in the L2 cache until they have been stored in the same place, and then leave
-  /// it like anything else. Where not, what is stored leaves it first.
-  bool keeps_states;
   std::uint8_t preparing;    ///< chunks: warps of a block that do nothing else
   std::uint8_t share_bits;   ///< serving: 1 << share_bits warps have the same value rows
   std::uint32_t warp_bytes;  ///< of shared memory

@@ -19,9 +19,9 @@ constexpr std::int64_t no_bound = INT64_MAX;
 // is the order in which the L2 cache gives up what was written: from 256 or 512 states on it is 2 to 6 % faster to keep states
 // there till they have been stored, with fewer it is up to 10 % slower.
 constexpr Choice decode_16_bit[] = {
-    {128, {4, 2, 8}}, {256, {8, 4, 32, true}}, {512, {8, 2, 64, true}}, {1024, {4, 4, 32, true}}, {no_bound, {8, 2, 32, true}}};
-constexpr Choice decode_32_bit[] = {{32, {4, 2, 4}},          {128, {8, 2, 8}},
-                                    {256, {8, 1, 16, true}},  {512, {8, 1, 32, true, Ahead::always}},
+    {128, {4, 2, 8}}, {256, {4, 2, 16}}, {2048, {4, 2, 32, true}}, {no_bound, {8, 2, 32, true}}};
+constexpr Choice decode_32_bit[] = {{64, {4, 2, 4}},          {128, {8, 2, 8}},
+                                    {256, {8, 2, 16, true}},  {512, {8, 1, 32, true, Ahead::always}},
                                     {1024, {8, 2, 32, true}}, {no_bound, {8, 1, 16, true}}};
 constexpr Choice decode_value_last_16_bit[] = {{128, {4, 2, 1, false, Ahead::dependent}},
                                                {256, {4, 2, 1, true, Ahead::dependent}},

@@ -67,7 +67,8 @@ __device__ bool has_row(const P& p, unsigned n, unsigned h, std::int64_t first_v
 template <class P>
 __device__ std::int64_t checked_slot(const P& p, FaultKind kind, std::int64_t slot, unsigned row) {
   if (slot <= p.null_slot) return -1;
-  if (slot >= 0 && slot < p.slots) return slot;
+  if (slot >= 0 && slot < p.slots) [[likely]]
+    return slot;
   record(p.fault, kind, row, slot, p.slots);
   return -2;
 }
