@@ -27,7 +27,9 @@ struct ValueLastTile {
   }
   using StateRing = Ring<keys, 1>;
   static constexpr int sums = 2 * values + 4;  ///< of a warp: S k and S q of each value row, and products of key and query
-  static constexpr std::size_t warp_bytes = StateRing::bytes + sums * sizeof(float), block_bytes = (values + 4) * sizeof(float);
+  static constexpr int factors = 8;            ///< numbers that a block's factors take, with what aligns what follows
+  static constexpr std::size_t warp_bytes = StateRing::bytes + sums * sizeof(float),
+                               block_bytes = (values + factors) * sizeof(float);
 };
 
 /// Adds part(first), part(first + step), ... to x, `count` of them and each to numbers of its own, in the order of lanes.
@@ -71,10 +73,10 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
 
   extern __shared__ uint4 shared[];
   typename Tile::StateRing ring(reinterpret_cast<char*>(shared) + warp * Tile::StateRing::bytes, lane);
-  // What follows the states: v, and of each warp its sums.
+  // What follows the states: v, the factors, and of each warp its sums.
   float* const v = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) + warps * Tile::StateRing::bytes);
-  float* const gates = v + values;  // decay and beta
-  float* const all_sums = gates + 4;
+  DecodeFactors* const shared_factors = reinterpret_cast<DecodeFactors*>(v + values);
+  float* const all_sums = v + values + Tile::factors;
   // From a head to the lane's first vector, and from there to that of its key i.
   const auto lane_offset = [&](std::int64_t stride) {
     return Tile::key_of(warp, key_lane, 0) * stride + first_value + value_lane * width;
@@ -103,14 +105,7 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
     raw_v.fetch(p.v, dtype_of<common>(p.v),
                 offset_of(p.v, n, 0u, head_of(h, p.v_group)) + product(first_value + thread, common ? 1 : p.v.strides[3]));
   if (!p.ahead) begin();
-  if (thread == 0) {
-    DecodeFactors own = {};
-    own.set_gates<common>(p, inputs.gates);
-    gates[0] = own.decay, gates[1] = own.beta;
-  }
-
-  // What is usual stays as it is until it is used, and what the states do not need waits till they are through: blocks are
-  // limited by registers.
+  // What is usual stays as it is until it is used: blocks are limited by registers.
   float all_q[common ? 1 : keys], all_k[common ? 1 : keys], products[3] = {};
   if constexpr (!common) inputs.widen_to(all_k, all_q, p);
   const auto key = [&](int i) {
@@ -140,6 +135,31 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
   float* const own_sums = all_sums + warp * Tile::sums;
   if (lane == 0) *reinterpret_cast<float4*>(own_sums + 2 * values) = make_float4(products[0], products[1], products[2], 0);
   if (has_value) v[thread] = raw_v.value(dtype_of<common>(p.v));
+  __syncthreads();
+  // Neighbouring numbers that each warp has, for all of them.
+  const auto add_up = [&](auto& out, unsigned at) {
+    constexpr int count = sizeof(out) / sizeof(float);
+    float x[warps][count];
+#pragma unroll
+    for (int i = 0; i < warps; ++i) load_vectors(x[i], all_sums + i * Tile::sums + at);
+#pragma unroll
+    for (int distance = warps / 2; distance > 0; distance /= 2)
+#pragma unroll
+      for (int i = 0; i < distance; ++i)
+#pragma unroll
+        for (int e = 0; e < count; ++e) x[i][e] += x[i + distance][e];
+#pragma unroll
+    for (int e = 0; e < count; ++e) out[e] = x[0][e];
+  };
+  // One thread forms the factors while the states are on their way: kept by all, they would take registers that blocks need.
+  if (thread == 0) {
+    float all_products[4];
+    add_up(all_products, 2 * values);
+    DecodeFactors own = {};
+    own.set_products<common>(p, all_products);
+    own.set_gates<common>(p, inputs.gates);
+    *shared_factors = own;
+  }
 
   // S k of the lane's value rows, and behind them S q.
   float sums[2 * width] = {};
@@ -170,26 +190,7 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
   for (int i = 0; i < own; ++i) to_sums[i] = sums[i];
   __syncthreads();
 
-  // Neighbouring numbers that each warp has, for all of them.
-  const auto add_up = [&](auto& out, unsigned at) {
-    constexpr int count = sizeof(out) / sizeof(float);
-    float x[warps][count];
-#pragma unroll
-    for (int i = 0; i < warps; ++i) load_vectors(x[i], all_sums + i * Tile::sums + at);
-#pragma unroll
-    for (int distance = warps / 2; distance > 0; distance /= 2)
-#pragma unroll
-      for (int i = 0; i < distance; ++i)
-#pragma unroll
-        for (int e = 0; e < count; ++e) x[i][e] += x[i + distance][e];
-#pragma unroll
-    for (int e = 0; e < count; ++e) out[e] = x[0][e];
-  };
-  DecodeFactors factors;
-  float all_products[4];
-  add_up(all_products, 2 * values);
-  factors.set_products<common>(p, all_products);
-  factors.decay = gates[0], factors.beta = gates[1];
+  const DecodeFactors factors = *shared_factors;
   if (has_value) {
     float recalled[1], read_out[1];
     add_up(recalled, thread), add_up(read_out, values + thread);
