@@ -151,14 +151,20 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
 #pragma unroll
     for (int e = 0; e < count; ++e) out[e] = x[0][e];
   };
-  // One thread forms the factors while the states are on their way: kept by all, they would take registers that blocks need.
-  if (thread == 0) {
+  // Factors wait for one instruction after the other, so they are formed while the states are on their way: by a warp for
+  // itself or, where registers limit the blocks, by a thread each for norms and for gates, which leave them to the block.
+  constexpr bool leaves_factors = lanes == 16 && sizeof(State) == 2;
+  DecodeFactors factors = {};
+  if (!leaves_factors || thread == 0) {
     float all_products[4];
     add_up(all_products, 2 * values);
-    DecodeFactors own = {};
-    own.set_products<common>(p, all_products);
-    own.set_gates<common>(p, inputs.gates);
-    *shared_factors = own;
+    (leaves_factors ? *shared_factors : factors).set_products<common>(p, all_products);
+  }
+  if (leaves_factors ? thread == 32 : lane == 0)
+    (leaves_factors ? *shared_factors : factors).set_gates<common>(p, inputs.gates);
+  if constexpr (!leaves_factors) {
+    factors.decay = __shfl_sync(0xffffffffu, factors.decay, 0);
+    factors.beta = __shfl_sync(0xffffffffu, factors.beta, 0);
   }
 
   // S k of the lane's value rows, and behind them S q.
@@ -190,7 +196,7 @@ __global__ void __launch_bounds__(32 * ValueLastTile<State, key_dim, lanes>::war
   for (int i = 0; i < own; ++i) to_sums[i] = sums[i];
   __syncthreads();
 
-  const DecodeFactors factors = *shared_factors;
+  if constexpr (leaves_factors) factors = *shared_factors;
   if (has_value) {
     float recalled[1], read_out[1];
     add_up(recalled, thread), add_up(read_out, values + thread);
